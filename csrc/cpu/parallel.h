@@ -1,0 +1,68 @@
+// Threads: OpenMP, the runtime that PyTorch has already started, so torch.set_num_threads counts.
+#pragma once
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace gptfast::GPTFAST_ISA {
+namespace {
+
+// Splits [0, n) into one contiguous piece per thread and calls body(begin, end) on each. A piece has
+// at least `grain` items: what is smaller than that stays on the calling thread.
+template <class Body>
+inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
+  if (n <= 0) return;
+  const int64_t pieces = (n + grain - 1) / grain;
+  const int64_t allowed = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int threads = static_cast<int>(pieces < allowed ? pieces : allowed);
+  if (threads <= 1) {
+    body(int64_t{0}, n);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
+    body(n * t / team, n * (t + 1) / team);
+  }
+}
+
+// Hands out [0, n) one item at a time, for items of unequal cost.
+template <class Body>
+inline void parallel_for_dynamic(int64_t n, const Body& body) {
+  if (n <= 1 || omp_in_parallel() || omp_get_max_threads() == 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// A 64-byte aligned fp32 scratch buffer that the thread keeps between calls.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* reserve(int64_t floats) {
+    if (floats > capacity_) {
+      std::free(data_);
+      const size_t bytes = (static_cast<size_t>(floats) * 4 + 63) / 64 * 64;
+      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
+      capacity_ = data_ ? floats : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_ISA

@@ -1,0 +1,254 @@
+// The vector layer: fp32 vectors of one machine register, loads and stores that convert from and to
+// bf16 and fp16, and the two transcendental functions that the kernels need.
+//
+// Every file of csrc/cpu/ is compiled once per instruction set with GPTFAST_ISA (a namespace name)
+// and GPTFAST_VECTOR_BYTES set by setup.py. Arithmetic is written with the compiler's vector
+// extensions (`a * b + c` contracts to a fused multiply-add where there is one), so the same text
+// serves SSE2, AVX2, AVX-512 and NEON; intrinsics appear only where the compiler finds no single
+// instruction by itself.
+//
+// exp is accurate to 2 ulp over its whole range (measured by tests/test_simd.py).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/dtype.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#ifndef GPTFAST_ISA
+#error "compile with -DGPTFAST_ISA=<name> -DGPTFAST_VECTOR_BYTES=<16|32|64>"
+#endif
+
+namespace gptfast::GPTFAST_ISA {
+namespace {  // internal linkage: the linker must never merge code compiled for different levels
+
+constexpr int W = GPTFAST_VECTOR_BYTES / 4;  // fp32 lanes in a vector
+
+typedef float f32v __attribute__((vector_size(W * 4)));
+typedef int32_t i32v __attribute__((vector_size(W * 4)));
+typedef uint32_t u32v __attribute__((vector_size(W * 4)));
+typedef uint16_t u16v __attribute__((vector_size(W * 2)));
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline f32v set1(float x) { return x - f32v{}; }
+inline i32v set1_i32(int32_t x) { return x - i32v{}; }
+inline u32v set1_u32(uint32_t x) { return x - u32v{}; }
+
+// mask lanes are 0 or -1, as comparisons of vectors yield them
+inline f32v select(i32v mask, f32v if_true, f32v if_false) { return mask ? if_true : if_false; }
+
+// max/min return b where a is NaN: softmax still sees the NaN, in its sum.
+inline f32v max(f32v a, f32v b) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_max_ps(a, b);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline f32v min(f32v a, f32v b) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_min_ps(a, b);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<i32v>(x) & set1_i32(0x7fffffff)); }
+
+inline float reduce_add(f32v v) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_reduce_add_ps(v);
+#else
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+#endif
+}
+inline float reduce_max(f32v v) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_reduce_max_ps(v);
+#else
+  float m = v[0];
+  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+// ---- Conversions -------------------------------------------------------------------------------
+
+inline f32v from_bits(u16v h, bf16) {
+  return bit_cast<f32v>(__builtin_convertvector(h, u32v) << 16);
+}
+inline u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__) && GPTFAST_VECTOR_BYTES == 64
+  return bit_cast<u16v>(_mm512_cvtneps_pbh(v));
+#else
+  const u32v u = bit_cast<u32v>(v);
+  const u32v rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const u32v quiet = (u >> 16) | 0x40;
+  return __builtin_convertvector((v == v) ? rounded : quiet, u16v);
+#endif
+}
+
+inline f32v from_bits(u16v h, f16) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_cvtph_ps(bit_cast<__m256i>(h));
+#elif GPTFAST_VECTOR_BYTES == 32
+  return _mm256_cvtph_ps(bit_cast<__m128i>(h));
+#else
+  // Move exponent and mantissa into place and rescale by 2^112; infinity and NaN get exponent 255.
+  const u32v u = __builtin_convertvector(h, u32v);
+  const u32v shifted = (u & 0x7fff) << 13;
+  const u32v scaled = bit_cast<u32v>(bit_cast<f32v>(shifted) * set1(0x1p112f));
+  const u32v special = shifted | 0x7f800000;
+  const u32v magnitude = (u & 0x7c00) == 0x7c00 ? special : scaled;
+  return bit_cast<f32v>(magnitude | ((u & 0x8000) << 16));
+#endif
+}
+inline u16v to_bits(f32v v, f16) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return bit_cast<u16v>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif GPTFAST_VECTOR_BYTES == 32
+  return bit_cast<u16v>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const u32v u = bit_cast<u32v>(v);
+  const u32v magnitude = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
+  // Below 2^-14 the result is subnormal: adding 0.5 lets the fp32 adder round at the right bit.
+  const u32v subnormal = bit_cast<u32v>(bit_cast<f32v>(magnitude) + set1(0.5f)) - 0x3f000000;
+  const u32v normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  u32v half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? set1_u32(0x7c00) : half;
+  half = magnitude > 0x7f800000 ? set1_u32(0x7e00) : half;
+  return __builtin_convertvector(half | sign, u16v);
+#endif
+}
+
+// ---- Loads and stores: unaligned, and of the first n lanes only (the rest read as zero) ----------
+
+inline f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline f32v load(const T* p) {
+  u16v h;
+  std::memcpy(&h, p, sizeof h);
+  return from_bits(h, T{});
+}
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+template <class T>
+inline void store(T* p, f32v v) {
+  const u16v h = to_bits(v, T{});
+  std::memcpy(p, &h, sizeof h);
+}
+template <class T>
+inline f32v load_n(const T* p, int64_t n) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+inline void store_n(T* p, f32v v, int64_t n) {
+  T lanes[W];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Calls body(i, load, store) for every vector of [0, n): whole vectors first, then the tail.
+// `load(p)` reads lanes of p + i, `store(p, v)` writes them; in the tail only the live ones.
+struct Whole {
+  template <class T>
+  f32v load(const T* p) const {
+    return GPTFAST_ISA::load(p);
+  }
+  template <class T>
+  void store(T* p, f32v v) const {
+    GPTFAST_ISA::store(p, v);
+  }
+  // lanes that do not exist take `other`
+  f32v live(f32v v, f32v) const { return v; }
+};
+struct Tail {
+  int64_t n;
+  template <class T>
+  f32v load(const T* p) const {
+    return load_n(p, n);
+  }
+  template <class T>
+  void store(T* p, f32v v) const {
+    store_n(p, v, n);
+  }
+  f32v live(f32v v, f32v other) const {
+    i32v lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return select(lane < static_cast<int32_t>(n), v, other);
+  }
+};
+template <class Body>
+inline void for_each_vector(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, Whole{});
+  if (i < n) body(i, Tail{n - i});
+}
+
+// ---- exp, erfc ----------------------------------------------------------------------------------
+// Polynomials fitted for the least relative error (Lawson-weighted least squares in fp64).
+
+// 2^n for integral n in [-126, 127]
+inline f32v exp2_int(i32v n) { return bit_cast<f32v>((n + 127) << 23); }
+
+// exp(x): x = n ln2 + r with |r| <= ln2 / 2, and exp(r) = 1 + r + r^2 q(r).
+// Results below the smallest normal number are flushed to zero; NaN and infinities as in libm.
+inline f32v exp(f32v x) {
+  constexpr float kLowest = -87.33654f, kHighest = 88.72283f;
+  const f32v shift = set1(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+  const f32v clamped = min(max(x, set1(kLowest)), set1(kHighest));
+  const f32v t = clamped * 1.44269504f + shift;
+  const f32v n = t - shift;
+  f32v r = n * -0.693359375f + clamped;  // ln2 in two parts, the first one exact
+  r = n * 2.12194440e-4f + r;
+  f32v q = r * 1.381446475e-3f + 8.368780622e-3f;
+  q = q * r + 4.166839426e-2f;
+  q = q * r + 1.666652011e-1f;
+  q = q * r + 4.999999341e-1f;
+  const f32v p = r * r * q + r + 1.0f;
+  const i32v ni = bit_cast<i32v>(t) - bit_cast<i32v>(shift);
+  const i32v half = ni >> 1;  // two factors, since 2^128 is no float
+  f32v y = p * exp2_int(half) * exp2_int(ni - half);
+  y = select(x < kLowest, f32v{}, y);
+  y = select(x > kHighest, set1(INFINITY), y);
+  return select(x == x, y, x);
+}
+
+// erfc(z) for z >= 0: exp(-z^2) t P(t) with t = 1 / (1 + 0.4 z).
+inline f32v erfc_nonnegative(f32v z) {
+  const f32v t = 1.0f / (1.0f + 0.4f * z);
+  f32v p = t * -3.059556352e-02f + 2.034763795e-01f;
+  p = p * t - 5.117258100e-01f;
+  p = p * t + 5.647598426e-01f;
+  p = p * t - 2.988717371e-01f;
+  p = p * t + 2.799106741e-01f;
+  p = p * t + 1.269447636e-01f;
+  p = p * t + 2.155107445e-01f;
+  p = p * t + 2.248800578e-01f;
+  p = p * t + 2.257106552e-01f;
+  return exp(-z * z) * t * p;
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_ISA

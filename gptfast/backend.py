@@ -1,0 +1,162 @@
+"""The one place where a backend is chosen.
+
+Every op offers its implementations as an `Op`; `Op.choose` takes the first backend in the device's
+order that has no reason to refuse. A forced backend (`GPTFAST_BACKEND`, or `use_backend`) never falls
+back: it raises with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+# Device type -> backends from best to plainest.
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch"),
+    "cuda": ("triton", "cuda", "torch"),
+}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
+
+
+@cache
+def extension() -> ModuleType | None:
+    """The compiled module `gptfast._C`, or None where this install has none."""
+    try:
+        from gptfast import _C  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    isa = os.environ.get("GPTFAST_CPU_ISA")
+    if isa:
+        try:
+            _C.set_cpu_isa(isa)
+        except ValueError as error:
+            raise RuntimeError(f"GPTFAST_CPU_ISA: {error}") from None
+    return _C
+
+
+@cache
+def missing(backend: str) -> str | None:
+    """Why this installation has no such backend at all, or None."""
+    if backend in ("cpu", "cuda") and extension() is None:
+        return "gptfast._C is not built: install a C++ compiler and reinstall gptfast"
+    if backend == "cuda" and not extension().build_info()["cuda_archs"]:  # type: ignore[union-attr]
+        return "gptfast._C was built without CUDA"
+    if backend == "triton":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed: pip install triton"
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op.
+
+    `why_not` gets what `Op.choose` gets and returns the reason to refuse it, or None.
+    """
+
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any]
+    why_not: Callable[..., str | None] | None = None
+
+
+_forced: str | None = None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or `GPTFAST_BACKEND`; None when the choice is automatic."""
+    name = _forced or _environment_backend()
+    return None if name == "auto" else name
+
+
+@cache
+def _environment_backend() -> str:
+    return _checked(os.environ.get("GPTFAST_BACKEND") or "auto", "GPTFAST_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every gptfast op onto one backend inside the `with` block.
+
+    Process-wide, like the flags in `torch.backends`: the threads of the autograd engine follow it too.
+
+    Args:
+        name: "torch", "cpu", "triton", "cuda", or "auto" for the automatic choice.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: from the op that is called, where the backend cannot run it.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend: the backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class Op:
+    """An op's name and its implementations by backend."""
+
+    def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
+        self.name = name
+        self.implementations = implementations
+
+    def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
+        """Why `backend` cannot run this op on these arguments, or None. `x` decides device and dtype."""
+        if backend == "torch":
+            return None
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return f"{self.name} has no {backend} kernel yet"
+        reason = missing(backend)
+        if reason:
+            return reason
+        device = "cpu" if backend == "cpu" else "cuda"
+        if x.device.type != device and not (backend == "triton" and interpreting(x)):
+            return f"its tensors must be on {device}, got {x.device.type}"
+        if x.dtype not in DTYPE_CODES:
+            return f"its tensors must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}"
+        return implementation.why_not(x, *args) if implementation.why_not else None
+
+    def choose(self, x: torch.Tensor, *args: Any) -> Implementation:
+        """The implementation that runs this call.
+
+        Raises:
+            RuntimeError: a backend is forced and refuses.
+        """
+        forced = forced_backend()
+        if forced is not None:
+            reason = self.why_not(forced, x, *args)
+            if reason:
+                raise RuntimeError(f"{self.name}: backend {forced!r} is forced, but {reason}")
+            return self.implementations[forced]
+        for backend in ORDER.get(x.device.type, ("torch",)):
+            if self.why_not(backend, x, *args) is None:
+                return self.implementations[backend]
+        return self.implementations["torch"]
+
+
+def interpreting(x: torch.Tensor) -> bool:
+    """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> "float32"."""
+    return str(dtype).removeprefix("torch.")

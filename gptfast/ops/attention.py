@@ -1,0 +1,364 @@
+"""Flash attention: o = dropout(softmax(scale q k^T + mask)) v, never holding the T x S scores.
+
+s_ij = scale q_i . k_j,  causal: j <= i + S - T (the last query sees every key)
+lse_i = log sum_j exp(s_ij),  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij z_ij v_j
+
+z_ij is 1, or with dropout keep_ij / (1 - p). Rows that may see no key have o = 0 and lse = -inf.
+Backward, with delta_i = do_i . o_i:
+
+dv_j = sum_i p_ij z_ij do_i
+ds_ij = p_ij (z_ij do_i . v_j - delta_i)
+dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
+
+Dropout keeps (i, j) where 16 bits of Philox-4x32-10, with key `seed` and counter (i, j div 8, head), are
+below (1 - p) 2^16. Every backend draws the same mask, in backward as in forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gptfast import backend
+from gptfast.ops.library import check_device, check_dtypes, check_floating, define, statistics_dtype
+
+Tensors2 = tuple[torch.Tensor, torch.Tensor]
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+REFERENCE_ROWS = 128  # queries that the reference handles at a time: scores take B H 128 S elements
+
+
+def reference_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensors2:
+    dtype = statistics_dtype(q.dtype)
+    B, H, T, D = q.shape
+    kf, vf = (x.to(dtype).repeat_interleave(H // k.shape[1], 1) for x in (k, v))
+    o = _empty_output(q)
+    lse = q.new_empty(B, H, T, dtype=dtype)
+    for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
+        lse[:, :, rows] = torch.logsumexp(scores, -1)
+        p = _probabilities(scores, lse[:, :, rows])
+        o[:, :, rows] = ((p if z is None else p * z) @ vf).to(q.dtype)
+    return o, lse
+
+
+def reference_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> Tensors3:
+    dtype = statistics_dtype(q.dtype)
+    B, H, T, D = q.shape
+    G = H // k.shape[1]
+    kf, vf = (x.to(dtype).repeat_interleave(G, 1) for x in (k, v))
+    dof = do.to(dtype)
+    delta = (dof * o.to(dtype)).sum(-1, keepdim=True)
+    dq, dk, dv = _empty_output(q), torch.zeros_like(kf), torch.zeros_like(vf)
+    for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
+        p = _probabilities(scores, lse[:, :, rows])
+        pz = p if z is None else p * z
+        dv += pz.transpose(-1, -2) @ dof[:, :, rows]
+        dp = dof[:, :, rows] @ vf.transpose(-1, -2)
+        ds = p * ((dp if z is None else dp * z) - delta[:, :, rows])
+        dq[:, :, rows] = (ds @ kf * scale).to(q.dtype)
+        dk += ds.transpose(-1, -2) @ q[:, :, rows].to(dtype) * scale
+    dk, dv = (
+        _like_output(g.unflatten(1, (-1, G)).sum(2).to(x.dtype)) for g, x in ((dk, k), (dv, v))
+    )
+    return tuple(  # type: ignore[return-value]
+        g if need else g.new_empty(0) for g, need in zip((dq, dk, dv), needs, strict=True)
+    )
+
+
+def _score_rows(
+    q: torch.Tensor,
+    kf: torch.Tensor,
+    seed: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Blocks of query rows with their masked scores (B, H, rows, S) and dropout factors."""
+    B, H, T, _ = q.shape
+    S = kf.shape[2]
+    j = torch.arange(S, device=q.device)
+    for start in range(0, T, REFERENCE_ROWS):
+        rows = slice(start, min(start + REFERENCE_ROWS, T))
+        i = torch.arange(rows.start, rows.stop, device=q.device)
+        scores = q[:, :, rows].to(kf.dtype) @ kf.transpose(-1, -2) * scale
+        if causal:
+            scores = scores.masked_fill(j > i[:, None] + S - T, -math.inf)
+        z = None
+        if dropout_p > 0 and seed is not None:
+            head = torch.arange(B * H, device=q.device)
+            z = dropout_factors(seed, head[:, None, None], i[:, None], j, dropout_p, kf.dtype)
+            z = z.reshape(B, H, len(i), S)
+        yield rows, scores, z
+
+
+def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    return torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
+
+
+def dropout_factors(
+    seed: torch.Tensor,
+    head: torch.Tensor,
+    i: torch.Tensor,
+    j: torch.Tensor,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The factors z of the scores (head, i, j), which broadcast against each other."""
+    mask = 0xFFFFFFFF
+    head, i, j = torch.broadcast_tensors(head, i, j)
+    c0, c1, c2, c3 = i, j // 8, head, torch.zeros_like(i)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        # 32 x 32 bit products, assembled from 16-bit halves: int64 would overflow.
+        high0, low0 = _multiply_wide(0xD2511F53, c0)
+        high1, low1 = _multiply_wide(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    lane = j % 8
+    word = torch.where(
+        lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3)
+    )
+    bits = torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
+    threshold = dropout_threshold(dropout_p)
+    inverse_keep = 65536 / threshold if threshold else 0.0
+    return (bits < threshold).to(dtype) * inverse_keep
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """How many of the 2^16 values are kept; the factor of a kept score is 2^16 over it."""
+    return math.floor((1 - dropout_p) * 65536 + 0.5)
+
+
+def _multiply_wide(a: int, b: torch.Tensor) -> Tensors2:
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _empty_output(q: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, D) lying in memory as (B, T, H, D): merging the heads afterwards copies nothing."""
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _like_output(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def cpu_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Tensors2:
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    B, H, T, D = q.shape
+    o = _empty_output(q)
+    lse = torch.empty(B, H, T, dtype=torch.float32)
+    backend.extension().attention_fwd(  # type: ignore[union-attr]
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        _heads(o),
+        lse.data_ptr(),
+        (B, H, k.shape[1], T, k.shape[2], D),
+        (causal, scale, dropout_p, 0 if seed is None else int(seed)),
+        backend.DTYPE_CODES[q.dtype],
+    )
+    return o, lse
+
+
+def cpu_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> Tensors3:
+    do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
+    B, H, T, D = q.shape
+    empty = q.new_empty(0)
+    dq = _empty_output(q) if needs[0] else empty
+    dk, dv = (_empty_output(k), _empty_output(v)) if needs[1] or needs[2] else (empty, empty)
+    nothing = (0, 0, 0, 0)
+    backend.extension().attention_bwd(  # type: ignore[union-attr]
+        _heads(do),
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        _heads(o),
+        lse.contiguous().data_ptr(),
+        _heads(dq) if needs[0] else nothing,
+        _heads(dk) if needs[1] or needs[2] else nothing,
+        _heads(dv) if needs[1] or needs[2] else nothing,
+        (B, H, k.shape[1], T, k.shape[2], D),
+        (causal, scale, dropout_p, 0 if seed is None else int(seed)),
+        backend.DTYPE_CODES[q.dtype],
+    )
+    return dq, dk if needs[1] else empty, dv if needs[2] else empty
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
+    return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
+
+
+OP = backend.Op(
+    "attention",
+    {
+        "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+    },
+)
+
+
+def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
+    return OP.choose(q, k, v).fwd(q, k, v, *options)
+
+
+def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors3:
+    return OP.choose(q, k, v).bwd(do, q, k, v, *rest)
+
+
+def _fake_fwd(q: torch.Tensor, *_: Any) -> Tensors2:
+    return _empty_output(q), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+
+
+def _fake_bwd(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> Tensors3:
+    needs = rest[-1]
+    return tuple(  # type: ignore[return-value]
+        _empty_output(x) if need else x.new_empty(0)
+        for x, need in zip((q, k, v), needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
+    q, k, v, seed, *ctx.options = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, seed)
+
+
+def _backward(ctx: Any, do: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, o, lse, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = attention_bwd(do, q, k, v, o, lse, seed, *ctx.options, needs)
+    dq, dk, dv = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dq, dk, dv, None, None, None, None
+
+
+attention_bwd = define(
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? seed,"
+    " bool causal, float scale, float dropout_p, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
+)
+attention_fwd = define(
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, bool causal, float scale,"
+    " float dropout_p) -> (Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=True,
+)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """o = softmax(scale q k^T) v for each head, without storing the scores.
+
+    Args:
+        q: (B, H, T, D), any strides; float32, bfloat16, float16 (float64 on the torch backend).
+        k: (B, H_kv, S, D), in q's dtype. H_kv divides H: each key head serves H / H_kv query heads.
+        v: (B, H_kv, S, D).
+        causal: query i sees the keys j <= i + S - T. With T = S that is the usual triangle; with a
+            KV cache (T < S) the last query sees every key. Note that PyTorch's `is_causal` aligns the
+            triangle to the first key instead.
+        scale: factor of the scores; None means 1 / sqrt(D).
+        dropout_p: probability of dropping a score, in [0, 1).
+        seed: int64 scalar tensor that determines the dropout mask; None draws one from PyTorch's
+            generator, so `torch.manual_seed` decides.
+
+    Returns:
+        (B, H, T, D) in q's dtype, laid out as (B, T, H, D) so that merging the heads copies nothing.
+        A query that may see no key gets zeros. Under autocast q, k and v are cast to its dtype.
+
+    Raises:
+        TypeError: not floating point, or dtypes differ.
+        ValueError: shapes that do not fit, or dropout_p outside [0, 1).
+        RuntimeError: tensors on different devices.
+
+    Limits:
+        Extra memory is O(B H T) for the log-sum-exp, and in backward on a CPU 16 S D bytes a thread.
+
+    Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+    """
+    check_floating("attention", "q", q)
+    if not torch.is_autocast_enabled(q.device.type):
+        check_dtypes("attention", q.dtype, k=k, v=v)
+    check_device("attention", q.device, k=k, v=v, seed=seed)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"attention: {name} must be (B, H, T, D), got {tuple(x.shape)}")
+    B, H, _, D = q.shape
+    H_kv, S = k.shape[1], k.shape[2]
+    if tuple(k.shape) != (B, H_kv, S, D) or k.shape != v.shape:
+        raise ValueError(
+            f"attention: k and v must both be ({B}, H_kv, S, {D}), "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"attention: key heads must divide {H} query heads, got {H_kv}")
+    if D == 0:
+        raise ValueError("attention: head dim must be at least 1, got 0")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    return attention_fwd(q, k, v, seed if dropout_p > 0 else None, causal, scale, dropout_p)[0]

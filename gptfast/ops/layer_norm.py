@@ -1,0 +1,251 @@
+"""LayerNorm over the last dimension: y = (x - mean) rstd w + b.
+
+mean_i = mean_j x_ij,  rstd_i = 1 / sqrt(mean_j (x_ij - mean_i)^2 + eps),  xhat = (x - mean) rstd
+
+Backward, with wdy = dy w, c1_i = mean_j(wdy xhat) and c2_i = mean_j(wdy):
+
+dx = (wdy - c1 xhat - c2) rstd,   dw_j = sum_i dy_ij xhat_ij,   db_j = sum_i dy_ij
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptfast import backend
+from gptfast.ops.library import (
+    check_device,
+    check_floating,
+    check_shape,
+    define,
+    statistics_dtype,
+)
+
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def reference_fwd(
+    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
+) -> Tensors3:
+    xf = x.to(statistics_dtype(x.dtype))
+    mean = xf.mean(-1)
+    centred = xf - mean.unsqueeze(-1)
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    y = centred * rstd.unsqueeze(-1)
+    if w is not None:
+        y = y * w
+    if b is not None:
+        y = y + b
+    return y.to(x.dtype).contiguous(), mean, rstd
+
+
+def reference_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors3:
+    dtype = statistics_dtype(x.dtype)
+    dyf = dy.to(dtype)
+    rs = rstd.unsqueeze(-1)
+    xhat = (x.to(dtype) - mean.unsqueeze(-1)) * rs
+    dx = dw = db = dy.new_empty(0)
+    if needs[0]:
+        wdy = dyf if w is None else dyf * w
+        c1 = (wdy * xhat).mean(-1, keepdim=True)
+        c2 = wdy.mean(-1, keepdim=True)
+        dx = ((wdy - c1 * xhat - c2) * rs).to(x.dtype).contiguous()
+    if needs[1]:
+        dw = (dyf * xhat).flatten(0, -2).sum(0) if x.dim() > 1 else dyf * xhat
+    if needs[2]:
+        db = dyf.flatten(0, -2).sum(0) if x.dim() > 1 else dyf.clone()
+    return dx, dw, db
+
+
+def cpu_fwd(
+    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
+) -> Tensors3:
+    x, w, b = x.contiguous(), _parameter(w), _parameter(b)
+    y = torch.empty_like(x)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    backend.extension().layer_norm_fwd(  # type: ignore[union-attr]
+        x.data_ptr(),
+        _pointer(w),
+        _pointer(b),
+        y.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        mean.numel(),
+        x.shape[-1],
+        eps,
+        backend.DTYPE_CODES[x.dtype],
+    )
+    return y, mean, rstd
+
+
+def cpu_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors3:
+    dy, x, w = dy.contiguous(), x.contiguous(), _parameter(w)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    M, N = mean.numel(), x.shape[-1]
+    empty = x.new_empty(0)
+    dx = torch.empty_like(x) if needs[0] else empty
+    dw = torch.empty(N, dtype=torch.float32) if needs[1] else empty
+    db = torch.empty(N, dtype=torch.float32) if needs[2] else empty
+    # A function of M alone, so that the result does not depend on the number of threads.
+    blocks = min(max(M // 32, 1), 64)
+    partial = torch.empty((blocks, 2, N) if needs[1] or needs[2] else 0, dtype=torch.float32)
+    backend.extension().layer_norm_bwd(  # type: ignore[union-attr]
+        dy.data_ptr(),
+        x.data_ptr(),
+        _pointer(w),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        dx.data_ptr() if needs[0] else 0,
+        dw.data_ptr() if needs[1] else 0,
+        db.data_ptr() if needs[2] else 0,
+        partial.data_ptr(),
+        blocks,
+        M,
+        N,
+        backend.DTYPE_CODES[x.dtype],
+    )
+    return dx, dw, db
+
+
+def _parameter(w: torch.Tensor | None) -> torch.Tensor | None:
+    return None if w is None else w.to(torch.float32).contiguous()
+
+
+def _pointer(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+OP = backend.Op(
+    "layer_norm",
+    {
+        "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+    },
+)
+
+
+def _fwd(
+    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
+) -> Tensors3:
+    return OP.choose(x).fwd(x, w, b, eps)
+
+
+def _bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors3:
+    return OP.choose(x).bwd(dy, x, w, mean, rstd, needs)
+
+
+def _fake_fwd(x: torch.Tensor, *_: Any) -> Tensors3:
+    mean = x.new_empty(x.shape[:-1], dtype=statistics_dtype(x.dtype))
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        mean,
+        torch.empty_like(mean),
+    )
+
+
+def _fake_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors3:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else x.new_empty(0)
+    dw, db = (
+        x.new_empty(x.shape[-1], dtype=mean.dtype) if need else x.new_empty(0) for need in needs[1:]
+    )
+    return dx, dw, db
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
+    x, w, b, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, w, mean, rstd)
+    ctx.bias_dtype = None if b is None else b.dtype
+
+
+def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, w, mean, rstd = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    dx, dw, db = layer_norm_bwd(dy, x, w, mean, rstd, needs)
+    return (
+        dx if needs[0] else None,
+        dw.to(w.dtype) if needs[1] else None,
+        db.to(ctx.bias_dtype) if needs[2] else None,
+        None,
+    )
+
+
+layer_norm_bwd = define(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? w, Tensor mean, Tensor rstd, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
+)
+layer_norm_fwd = define(
+    "layer_norm_fwd(Tensor x, Tensor? w, Tensor? b, float eps) -> (Tensor, Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
+
+    Args:
+        x: (..., N), any strides; float32, bfloat16, float16 (float64 on the torch backend).
+        weight: (N,) or None for 1; any floating dtype, which may differ from x's.
+        bias: (N,) or None for 0.
+        eps: added to the variance.
+
+    Returns:
+        (..., N) in x's dtype, contiguous. Statistics are fp32 and two-pass.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: x has no dimension, or weight or bias is not (N,).
+        RuntimeError: weight or bias is on another device than x.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+    check_floating("layer_norm", "x", x)
+    if x.dim() == 0:
+        raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_floating("layer_norm", name, parameter)
+            check_shape("layer_norm", name, parameter, (x.shape[-1],))
+    check_device("layer_norm", x.device, weight=weight, bias=bias)
+    return layer_norm_fwd(x, weight, bias, eps)[0]
