@@ -277,10 +277,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
 
 def _backward(ctx: Any, do: torch.Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, o, lse, seed = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+    needs = list(ctx.needs_input_grad[1:4])
     grads = attention_bwd(do, q, k, v, o, lse, seed, *ctx.options, needs)
     dq, dk, dv = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dq, dk, dv, None, None, None, None
+    return None, dq, dk, dv, None, None, None, None
 
 
 attention_bwd = define(

@@ -191,7 +191,7 @@ def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
     dx = cross_entropy_bwd(
         dloss, x, target, weight, lse, ctx.ignore_index, ctx.label_smoothing
     )
-    return dx, None, None, None, None
+    return None, dx, None, None, None, None
 
 
 cross_entropy_bwd = define(

@@ -85,9 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.save_for_backward(x)
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     (x,) = ctx.saved_tensors
-    return gelu_bwd(dy, x, ctx.approximate), None
+    return None, gelu_bwd(dy, x, ctx.approximate), None
 
 
 def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:

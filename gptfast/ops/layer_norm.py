@@ -191,9 +191,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     x, w, mean, rstd = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+    needs = list(ctx.needs_input_grad[1:4])
     dx, dw, db = layer_norm_bwd(dy, x, w, mean, rstd, needs)
     return (
+        None,
         dx if needs[0] else None,
         dw.to(w.dtype) if needs[1] else None,
         db.to(ctx.bias_dtype) if needs[2] else None,

@@ -28,7 +28,8 @@ def define(
         schema: "name(Tensor x, ...) -> Tensor", in the language of `torch.library`.
         implementation: runs on real tensors of any device; it chooses the backend itself.
         fake: the same call on fake tensors: shapes, dtypes, devices and strides of the results.
-        backward: autograd formula, `backward(ctx, *grads)`; None makes the op refuse differentiation.
+        backward: autograd formula, `backward(ctx, *grads)`, returning None for the keyset and then a
+            gradient per input; without it the op refuses differentiation.
         setup_context: `setup_context(ctx, inputs, output)`, saves what backward needs.
         autocast: cast floating-point tensors to the autocast dtype, as torch does for products.
     """
@@ -41,14 +42,51 @@ def define(
     def not_differentiable(ctx: Any, *grads: torch.Tensor) -> None:
         raise RuntimeError(f"gptfast: {name} has no derivative (double backward is not supported)")
 
-    torch.library.register_autograd(
-        qualified, backward or not_differentiable, setup_context=setup_context, lib=LIBRARY
-    )
     op: torch._ops.OpOverload = getattr(torch.ops.gptfast, name).default
+    rule = _autograd_rule(op, backward or not_differentiable, setup_context)
+    LIBRARY.impl(name, rule, "Autograd", with_keyset=True)
     if autocast:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, _autocast_rule(op, key, device), key)
     return op
+
+
+def _autograd_rule(
+    op: torch._ops.OpOverload,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """What `torch.library.register_autograd` does, without its bookkeeping: half its time per call."""
+
+    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        output = below_autograd(keyset, args)
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: the backward op must refuse by itself
+            return backward(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, *grads)
+
+    function = type(
+        f"{op._opname}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(run_backward)},
+    )
+
+    def rule(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        return below_autograd(keyset, args)
+
+    return rule
 
 
 def _autocast_rule(op: torch._ops.OpOverload, key: str, device: str) -> Callable[..., Any]:

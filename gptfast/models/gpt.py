@@ -1,0 +1,209 @@
+"""GPT-2: token and position embeddings, n_layer pre-norm blocks, a tied output head.
+
+    x = wte[idx] + wpe[pos]
+    for each block:  x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))
+    logits = ln_f(x) wte^T
+
+Shapes: B batch, T tokens, C = n_embd channels, H = n_head heads, D = C / H, V = vocab_size.
+Parameters bear the names of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gptfast.nn import GELU, CausalSelfAttention, KVCache, LayerNorm
+from gptfast.ops import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT.
+
+    Raises:
+        ValueError: a size below 1, n_head not dividing n_embd, or dropout outside [0, 1).
+    """
+
+    block_size: int = 1024  # longest sequence, T
+    vocab_size: int = 50257  # V
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # C
+    dropout: float = 0.0  # of embeddings, attention scores and residual branches
+    bias: bool = True  # in linear layers and LayerNorms
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"GPTConfig: n_head must divide n_embd {self.n_embd}, got {self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: int | float | bool) -> GPTConfig:
+        """A published size by name: gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})  # type: ignore[arg-type]
+
+
+PRESETS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124,439,808 parameters
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 354,823,168
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774,030,080
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1,557,611,200
+}
+
+
+class MLP(nn.Module):
+    """y = W_2 gelu(W_1 x + b_1) + b_2, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = GELU("tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(
+            config.n_embd, config.n_head, dropout=config.dropout, bias=config.bias
+        )
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> torch.Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    Args:
+        config: sizes; `GPTConfig.preset("gpt2")` for the published ones.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+        self.apply(self._initialise)
+        # 2 n_layer branches are added to the residual stream: keep its variance at one.
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_parameters(self) -> int:
+        """Number of parameters; the tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache of keys and values for `batch_size` sequences of up to `max_length` tokens."""
+        c = self.config
+        weight = self.lm_head.weight
+        return KVCache(
+            c.n_layer,
+            batch_size,
+            c.n_head,
+            max_length or c.block_size,
+            c.n_embd // c.n_head,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the next token at every position, and the loss where targets are given.
+
+        Args:
+            idx: (B, T) int64 tokens in [0, V).
+            targets: (B, T) int64 tokens; -100 is ignored.
+            cache: keys and values of the tokens before idx; it is extended by idx.
+
+        Returns:
+            logits (B, T, V), or (B, 1, V) of the last position when a cache is given; and the mean
+            cross-entropy, a float32 scalar, or None.
+
+        Raises:
+            ValueError: idx is not (B, T), is empty, or is longer than block_size allows.
+            IndexError: a token outside [0, V) (on a CPU, when not compiled).
+        """
+        self._check(idx, cache)
+        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        position = torch.arange(start, start + T, device=idx.device)
+        t = self.transformer
+        x = t["drop"](t["wte"](idx) + t["wpe"](position))
+        for layer, block in enumerate(t["h"]):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.advance(T)
+            x = x[:, -1:]
+        logits = F.linear(t["ln_f"](x), self.lm_head.weight)
+        return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def _check(self, idx: torch.Tensor, cache: KVCache | None) -> None:
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"GPT: idx must be (B, T) with tokens in it, got {tuple(idx.shape)}")
+        length = idx.shape[1] + (cache.length if cache is not None else 0)
+        if length > self.config.block_size:
+            raise ValueError(
+                f"GPT: a sequence has at most block_size {self.config.block_size} tokens, "
+                f"got {length}"
+            )
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = idx.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise IndexError(
+                    f"GPT: tokens must be in [0, {self.config.vocab_size}), got {int(bad)}"
+                )

@@ -1,0 +1,8 @@
+"""Drop-in modules over the ops: torch's constructors, parameters and `state_dict` where torch has one."""
+
+from gptfast.nn.attention import CausalSelfAttention, KVCache
+from gptfast.nn.gelu import GELU
+from gptfast.nn.layer_norm import LayerNorm
+from gptfast.nn.loss import CrossEntropyLoss
+
+__all__ = ["GELU", "CausalSelfAttention", "CrossEntropyLoss", "KVCache", "LayerNorm"]
