@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,15 +24,22 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
     "cuda": ("triton", "cuda", "torch"),
 }
+HOW_TO_BUILD = "Install g++ 11 or newer and reinstall gptfast-kernels"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
 @cache
 def extension() -> ModuleType | None:
-    """The compiled module `gptfast._C`, or None where this install has none."""
+    """The compiled module `gptfast._C`, or None, with a warning, where this install has none."""
     try:
         from gptfast import _C  # type: ignore[attr-defined]
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"gptfast has no compiled kernels here ({error}), so ops on CPU tensors run on its PyTorch "
+            f"reference. {HOW_TO_BUILD}; `gptfast doctor` tells more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     isa = os.environ.get("GPTFAST_CPU_ISA")
     if isa:
@@ -46,7 +54,7 @@ def extension() -> ModuleType | None:
 def missing(backend: str) -> str | None:
     """Why this installation has no such backend at all, or None."""
     if backend in ("cpu", "cuda") and extension() is None:
-        return "gptfast._C is not built: install a C++ compiler and reinstall gptfast"
+        return f"gptfast._C is not built. {HOW_TO_BUILD}"
     if backend == "cuda" and not extension().build_info()["cuda_archs"]:  # type: ignore[union-attr]
         return "gptfast._C was built without CUDA"
     if backend == "triton":
@@ -110,12 +118,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+OPS: dict[str, Op] = {}  # every op by name, once gptfast.ops is imported
+
+
 class Op:
-    """An op's name and its implementations by backend."""
+    """An op's name and its implementations by backend; entered in `OPS`."""
 
     def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
         self.name = name
         self.implementations = implementations
+        OPS[name] = self
 
     def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
         """Why `backend` cannot run this op on these arguments, or None. `x` decides device and dtype."""

@@ -15,7 +15,7 @@
 // plain vector operations with no reduction across lanes, keys and values are used as they lie in
 // memory, and only the query block is transposed, once. All arithmetic is fp32.
 //
-// Forward: one task per (batch, head, block of queries); it walks over the blocks of keys up to the
+// Forward: up to four queries are handled one by one; otherwise one task per (batch, head, block of queries); it walks over the blocks of keys up to the
 // diagonal. Backward: one task per (batch, key head), which adds dk and dv up in fp32 in the order of
 // the query blocks: deterministic for any number of threads.
 //
@@ -62,6 +62,8 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // lanes of a score tile: 4 vectors of AVX-512
 constexpr int64_t kKeys = 64;     // rows of a score tile: tile, keys and values take 48 KiB at D = 64
+
+constexpr int64_t kFewQueries = 4;  // up to here a quarter of a tile's lanes at most would be used
 
 inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -234,6 +236,51 @@ void forward_block(Heads q, Heads k, Heads v, Heads o, float* lse, const Attenti
   }
 }
 
+// One query against all keys, for decoding: scores lie along the keys, and keys and values are read as
+// they are, once. A tile would leave all but one of its lanes unused.
+template <class T>
+void forward_query(Heads q, Heads k, Heads v, Heads o, float* lse, const AttentionShape& shape,
+                   const AttentionOptions& options, int64_t b, int64_t h, int64_t query) {
+  const int64_t D = shape.D, width = ceil_to(D, W);
+  const int64_t h_kv = h / (shape.H / shape.H_kv);
+  const int64_t keys = visible_keys(shape, options, query);
+
+  static thread_local Scratch scratch;
+  float* q_row = scratch.reserve(width + ceil_to(shape.S, W));
+  float* p = q_row + width;
+  pack_rows(row<const T>(q, b, h, query), 0, 1, D, width, options.scale, q_row);
+
+  for (int64_t n = 0; n < keys; ++n) {
+    const T* k_row = row<const T>(k, b, h_kv, n);
+    f32v dot{};
+    for_each_vector(D, [&](int64_t d, auto part) { dot += part.load(k_row + d) * load(q_row + d); });
+    p[n] = reduce_add(dot);
+  }
+  f32v top = set1(-FLT_MAX), sum{};
+  for_each_vector(keys, [&](int64_t n, auto part) {
+    top = max(part.live(part.load(p + n), set1(-FLT_MAX)), top);
+  });
+  const float highest = reduce_max(top);
+  for_each_vector(keys, [&](int64_t n, auto part) {
+    const f32v prob = part.live(exp(part.load(p + n) - highest), f32v{});
+    sum += prob;
+    part.store(p + n, prob);
+  });
+  const float total = reduce_add(sum), scale = total == 0 ? 0.0f : 1.0f / total;
+  T* out = row<T>(o, b, h, query);
+  for_each_vector(D, [&](int64_t d, auto part) {
+    f32v acc[4] = {};  // four sums, to hide the latency of the addition
+    const T* v_row = row<const T>(v, b, h_kv, 0) + d;
+    int64_t n = 0;
+    for (; n + 4 <= keys; n += 4)
+      for (int64_t i = 0; i < 4; ++i) acc[i] += p[n + i] * part.load(v_row + (n + i) * v.stride_t);
+    for (; n < keys; ++n) acc[0] += p[n] * part.load(v_row + n * v.stride_t);
+    part.store(out + d, (acc[0] + acc[1] + (acc[2] + acc[3])) * scale);
+  });
+  lse[(b * shape.H + h) * shape.T + query] =
+      total == 0 ? -INFINITY : highest + std::log(total);
+}
+
 // All gradients that come from the heads of q that share key head h_kv.
 template <class T>
 void backward_head(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* lse, Heads dq,
@@ -321,8 +368,17 @@ void attention_fwd(Heads q, Heads k, Heads v, Heads o, float* lse, AttentionShap
                    AttentionOptions options, DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
+    const int64_t heads = shape.B * shape.H, flops = 4 * heads * shape.T * shape.S * shape.D;
+    if (shape.T <= kFewQueries && options.dropout_p == 0) {
+      parallel_for_dynamic(heads * shape.T, flops, [&](int64_t task) {
+        const int64_t head = task / shape.T;
+        forward_query<T>(q, k, v, o, lse, shape, options, head / shape.H, head % shape.H,
+                         task % shape.T);
+      });
+      return;
+    }
     const int64_t blocks = (shape.T + kQueries - 1) / kQueries;
-    parallel_for_dynamic(shape.B * shape.H * blocks, [&](int64_t task) {
+    parallel_for_dynamic(heads * blocks, flops, [&](int64_t task) {
       const int64_t head = task / blocks;
       const int64_t block = blocks - 1 - task % blocks;  // the longest causal rows first
       forward_block<T>(q, k, v, o, lse, shape, options, head / shape.H, head % shape.H,
@@ -336,7 +392,8 @@ void attention_bwd(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* 
                    DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    parallel_for_dynamic(shape.B * shape.H_kv, [&](int64_t task) {
+    const int64_t flops = 10 * shape.B * shape.H * shape.T * shape.S * shape.D;
+    parallel_for_dynamic(shape.B * shape.H_kv, flops, [&](int64_t task) {
       backward_head<T>(dout, q, k, v, o, lse, dq, dk, dv, shape, options, task / shape.H_kv,
                        task % shape.H_kv);
     });

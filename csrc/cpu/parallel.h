@@ -29,10 +29,12 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
   }
 }
 
-// Hands out [0, n) one item at a time, for items of unequal cost.
+// Hands out [0, n) one item at a time, for items of unequal cost. `flops` is the work of all of them:
+// what takes a few microseconds stays on the calling thread.
 template <class Body>
-inline void parallel_for_dynamic(int64_t n, const Body& body) {
-  if (n <= 1 || omp_in_parallel() || omp_get_max_threads() == 1) {
+inline void parallel_for_dynamic(int64_t n, int64_t flops, const Body& body) {
+  constexpr int64_t kForkFlops = 500'000;
+  if (n <= 1 || flops < kForkFlops || omp_in_parallel() || omp_get_max_threads() == 1) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }

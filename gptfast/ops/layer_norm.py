@@ -124,7 +124,9 @@ def cpu_bwd(
 
 
 def _parameter(w: torch.Tensor | None) -> torch.Tensor | None:
-    return None if w is None else w.to(torch.float32).contiguous()
+    if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
+        return w
+    return w.to(torch.float32).contiguous()
 
 
 def _pointer(t: torch.Tensor | None) -> int:

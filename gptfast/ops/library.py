@@ -21,8 +21,12 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     autocast: bool = False,
-) -> torch._ops.OpOverload:
-    """Register one op and return it as a callable.
+) -> Callable[..., Any]:
+    """Register one op as `torch.ops.gptfast.<name>` and return a function that calls it.
+
+    In plain eager mode that function goes to the implementation directly: a call through the
+    dispatcher and back into Python costs three times as much as a small kernel. Anything that wants to
+    see the op (compile, export, fake tensors, subclasses, functorch, autocast, a profiler) gets it.
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", in the language of `torch.library`.
@@ -43,50 +47,70 @@ def define(
         raise RuntimeError(f"gptfast: {name} has no derivative (double backward is not supported)")
 
     op: torch._ops.OpOverload = getattr(torch.ops.gptfast, name).default
-    rule = _autograd_rule(op, backward or not_differentiable, setup_context)
-    LIBRARY.impl(name, rule, "Autograd", with_keyset=True)
+    function = _autograd_function(op, implementation, backward or not_differentiable, setup_context)
+
+    def autograd_rule(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        return _below_autograd(op, keyset, args)
+
+    LIBRARY.impl(name, autograd_rule, "Autograd", with_keyset=True)
     if autocast:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, _autocast_rule(op, key, device), key)
-    return op
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _plain_eager(args):
+            return op(*args)
+        if autocast and torch.is_autocast_enabled(args[0].device.type):
+            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(None, *args)
+        return implementation(*args)
+
+    return call
 
 
-def _autograd_rule(
+def _plain_eager(args: tuple[Any, ...]) -> bool:
+    """Whether nothing wants to see the op: no mode, no transform, no trace, no tensor subclass."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    return all(
+        type(a) is torch.Tensor or type(a) is torch.nn.Parameter or not isinstance(a, torch.Tensor)
+        for a in args
+    )
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _autograd_function(
     op: torch._ops.OpOverload,
+    implementation: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
-) -> Callable[..., Any]:
-    """What `torch.library.register_autograd` does, without its bookkeeping: half its time per call."""
-
-    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+) -> Any:
+    """What `torch.library.register_autograd` makes, without its bookkeeping: half its time per call."""
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        output = below_autograd(keyset, args)
+        output = implementation(*args) if keyset is None else _below_autograd(op, keyset, args)
         ctx.set_materialize_grads(False)
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
 
-    def run_backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True: the backward op must refuse by itself
-            return backward(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *grads)
-
-    function = type(
+    return type(
         f"{op._opname}_autograd",
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(run_backward)},
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
-
-    def rule(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keyset, *args)
-        return below_autograd(keyset, args)
-
-    return rule
 
 
 def _autocast_rule(op: torch._ops.OpOverload, key: str, device: str) -> Callable[..., Any]:

@@ -1,0 +1,1 @@
+"""Benchmarks: run as `python benchmarks/run.py` or `python -m benchmarks.run`."""

@@ -1,0 +1,243 @@
+"""Tokens per second of a whole GPT, training and generating, on gptfast and on stock PyTorch.
+
+Every contender gets the same weights and the same text, all in one process and in turns. Before
+anything is timed, gptfast's loss and gradients are held against stock PyTorch's: no figure is given
+for a model that computes something else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmarks/run.py`
+
+from benchmarks.stock_gpt import StockGPT
+from benchmarks.timing import Timing, interleave
+from gptfast.data import Dataset, read_text
+from gptfast.models import GPT, GPTConfig
+
+OURS = "gptfast"
+EAGER = "torch eager"
+COMPILED = "torch.compile"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time: a model, and a batch to train on or tokens to generate."""
+
+    name: str
+    config: GPTConfig
+    tokenizer: str
+    batch_size: int
+    new_tokens: int = 0  # 0: a training step (forward, backward, AdamW)
+    quick: bool = True
+
+
+CHAR = GPTConfig(block_size=64, vocab_size=67, n_layer=4, n_head=4, n_embd=128, bias=False)
+SMALL = GPTConfig.preset("gpt2", block_size=256)
+WORKS = [
+    Work("train, 0.8M char model, B=12 T=64", CHAR, "char", 12),
+    Work("generate, 0.8M char model, B=1", CHAR, "char", 1, new_tokens=48),
+    Work("train, GPT-2 124M, B=4 T=256", SMALL, "gpt2", 4, quick=False),
+    Work("generate, GPT-2 124M, B=1", SMALL, "gpt2", 1, new_tokens=32, quick=False),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    work: str
+    contender: str
+    dtype: str
+    threads: int
+    tok_per_s: float
+    ratio_to_best_peer: float
+    tok_per_s_p20: float
+    tok_per_s_p80: float
+
+
+def train_step(
+    forward: Callable[..., Any], model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, bf16: bool
+) -> Callable[[], None]:
+    """A closure that takes one training step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model.train()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = forward(x, y)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def generation(
+    forward: Callable[..., Any], model: Any, prompt: torch.Tensor, new_tokens: int, bf16: bool
+) -> Callable[[], None]:
+    """A closure that generates greedily with a cache of keys and values."""
+    model.eval()
+    cache = model.new_cache(prompt.shape[0])
+
+    @torch.inference_mode()
+    def generate() -> None:
+        cache.reset()
+        idx = prompt
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for _ in range(new_tokens):
+                idx = forward(idx, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
+
+    return generate
+
+
+def check_equal(ours: GPT, stock: StockGPT, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise unless both models give the same loss and gradients in fp32."""
+    losses, gradients = [], []
+    for model in (ours, stock):
+        model.zero_grad()
+        loss = model(x, y)[1]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    # fp32 sums over up to V = 50257 logits and 3072 channels in another order: 2^-24 sqrt(50257) is
+    # 1.3e-5 of the largest entry, and a dozen layers add up.
+    bound = 2e-4
+    if abs(losses[0] - losses[1]) > bound * abs(losses[1]):
+        raise SystemExit(f"not timed: gptfast's loss is {losses[0]}, stock PyTorch's {losses[1]}")
+    for name, expected in gradients[1].items():
+        error = (gradients[0][name] - expected).abs().max() / expected.abs().max()
+        if not error < bound:
+            raise SystemExit(f"not timed: gptfast's gradient of {name} is off by {error:.1e}")
+
+
+def run_work(
+    work: Work, contenders: list[str], bf16: bool, rounds: int, seconds: float, console: Console
+) -> list[Row]:
+    """Time one work on all contenders."""
+    data = Dataset.in_memory(read_text(), work.tokenizer)  # type: ignore[arg-type]
+    config = work.config
+    torch.manual_seed(0)
+    weights = GPT(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    x, y = data.batch("train", work.batch_size, config.block_size, generator)
+
+    models: dict[str, Any] = {}
+    for name in contenders:
+        models[name] = GPT(config) if name == OURS else StockGPT(config)
+        models[name].load_state_dict(weights)
+    stock = StockGPT(config)
+    stock.load_state_dict(weights)
+    check_equal(models[OURS], stock, x, y)
+    del stock
+
+    calls: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        forward = model
+        if name == COMPILED:
+            forward = torch.compile(model, dynamic=True if work.new_tokens else None)
+        if work.new_tokens:
+            calls[name] = generation(forward, model, x[:, :8], work.new_tokens, bf16)
+        else:
+            calls[name] = train_step(forward, model, x, y, bf16)
+    tokens = work.batch_size * (work.new_tokens or config.block_size)
+    with Progress(
+        *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task(work.name, total=rounds * len(calls))
+        timings = interleave(
+            calls,
+            rounds=rounds,
+            warmup=2,
+            seconds_per_turn=seconds,
+            on_turn=lambda: bar.advance(task),
+        )
+    best_peer = min((t.median for name, t in timings.items() if name != OURS), default=None)
+    return [row(work, name, t, best_peer, tokens, bf16) for name, t in timings.items()]
+
+
+def row(
+    work: Work, contender: str, t: Timing, best_peer: float | None, tokens: int, bf16: bool
+) -> Row:
+    """A table row from a timing."""
+    return Row(
+        work=work.name,
+        contender=contender,
+        dtype="bfloat16" if bf16 else "float32",
+        threads=torch.get_num_threads(),
+        tok_per_s=tokens / t.median,
+        ratio_to_best_peer=float("nan") if best_peer is None else best_peer / t.median,
+        tok_per_s_p20=tokens / t.p80,
+        tok_per_s_p80=tokens / t.p20,
+    )
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    """The rows as a table for people."""
+    table = Table(title=f"Tokens per second, torch {torch.__version__}, {rows[0].threads} threads")
+    for column in ("work", "contender", "dtype"):
+        table.add_column(column)
+    for column in ("tok/s", "p20 to p80", "ratio to best peer"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        table.add_row(
+            r.work,
+            f"[bold]{r.contender}" if r.contender == OURS else r.contender,
+            r.dtype,
+            f"{r.tok_per_s:,.0f}",
+            f"{r.tok_per_s_p20:,.0f} to {r.tok_per_s_p80:,.0f}",
+            f"{r.ratio_to_best_peer:.2f}",
+        )
+    console.print(table)
+
+
+def main(
+    quick: Annotated[bool, tyro.conf.arg(help="The small model only, in under two minutes.")] = False,
+    json_file: Annotated[
+        Path | None, tyro.conf.arg(name="json", help="Also write the rows to this file.")
+    ] = None,
+    dtype: Annotated[
+        str, tyro.conf.arg(help="float32, or bfloat16 for autocast in every contender.")
+    ] = "float32",
+    threads: Annotated[
+        int | None, tyro.conf.arg(help="Threads for every contender; default: PyTorch's choice.")
+    ] = None,
+    compile: Annotated[bool, tyro.conf.arg(help="Whether torch.compile takes part.")] = True,
+) -> None:
+    """Compare tokens per second of gptfast with stock PyTorch, eager and compiled."""
+    console = Console()
+    if dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    if threads is not None and threads < 1:
+        raise SystemExit(f"--threads must be at least 1, got {threads}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise SystemExit(f"--json: there is no folder {json_file.parent}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    contenders = [OURS, EAGER] + ([COMPILED] if compile else [])
+    rows: list[Row] = []
+    for work in WORKS:
+        if work.quick or not quick:
+            rounds, seconds = (7, 0.5) if quick else (9, 1.0)
+            rows += run_work(work, contenders, dtype == "bfloat16", rounds, seconds, console)
+    print_table(rows, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+        console.print(f"rows written to {json_file}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
