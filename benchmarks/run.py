@@ -22,6 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmarks/run.py`
 
+import gptfast
 from benchmarks.stock_gpt import StockGPT
 from benchmarks.timing import Timing, interleave
 from gptfast.data import Dataset, read_text
@@ -215,7 +216,14 @@ def main(
     threads: Annotated[
         int | None, tyro.conf.arg(help="Threads for every contender; default: PyTorch's choice.")
     ] = None,
+    keep_memory: Annotated[
+        bool,
+        tyro.conf.arg(help="Call gptfast.keep_freed_memory() first, for every contender."),
+    ] = False,
     compile: Annotated[bool, tyro.conf.arg(help="Whether torch.compile takes part.")] = True,
+    seconds_per_turn: Annotated[
+        float, tyro.conf.arg(help="How long a contender is timed before the next one's turn.")
+    ] = 0.5,
 ) -> None:
     """Compare tokens per second of gptfast with stock PyTorch, eager and compiled."""
     console = Console()
@@ -225,14 +233,18 @@ def main(
         raise SystemExit(f"--threads must be at least 1, got {threads}")
     if json_file is not None and not json_file.parent.is_dir():
         raise SystemExit(f"--json: there is no folder {json_file.parent}")
+    if keep_memory and not gptfast.keep_freed_memory():
+        raise SystemExit("--keep-memory: this platform's allocator is not glibc's")
     if threads is not None:
         torch.set_num_threads(threads)
     contenders = [OURS, EAGER] + ([COMPILED] if compile else [])
     rows: list[Row] = []
     for work in WORKS:
         if work.quick or not quick:
-            rounds, seconds = (7, 0.5) if quick else (9, 1.0)
-            rows += run_work(work, contenders, dtype == "bfloat16", rounds, seconds, console)
+            rounds = 7 if quick else 11
+            rows += run_work(
+                work, contenders, dtype == "bfloat16", rounds, seconds_per_turn, console
+            )
     print_table(rows, console)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

@@ -8,6 +8,7 @@ back: it raises with its reason.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,19 @@ class Implementation:
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
     why_not: Callable[..., str | None] | None = None
+
+
+def triton_implementation(op: str) -> Implementation:
+    """The functions `<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<op>`, imported when first called."""
+
+    @cache
+    def kernel(name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"gptfast.kernels.{op}"), f"{op}_{name}")
+
+    return Implementation(
+        lambda *args: kernel("fwd")(*args),
+        lambda *args: kernel("bwd")(*args),
+    )
 
 
 _forced: str | None = None

@@ -156,6 +156,19 @@ inline void store(T* p, f32v v) {
   const u16v h = to_bits(v, T{});
   std::memcpy(p, &h, sizeof h);
 }
+#if GPTFAST_VECTOR_BYTES == 64
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline f32v load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store_n(float* p, f32v v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+template <class T>
+inline f32v load_n(const T* p, int64_t n) {
+  return from_bits(bit_cast<u16v>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), T{});
+}
+template <class T>
+inline void store_n(T* p, f32v v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), bit_cast<__m256i>(to_bits(v, T{})));
+}
+#else
 template <class T>
 inline f32v load_n(const T* p, int64_t n) {
   T lanes[W] = {};
@@ -168,6 +181,7 @@ inline void store_n(T* p, f32v v, int64_t n) {
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
 }
+#endif
 
 // Calls body(i, load, store) for every vector of [0, n): whole vectors first, then the tail.
 // `load(p)` reads lanes of p + i, `store(p, v)` writes them; in the tail only the live ones.

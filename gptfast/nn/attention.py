@@ -98,8 +98,13 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend from x to itself, and with a cache to the tokens before it as well."""
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        # Split before the heads are taken apart: the gradients then join along the last dimension, as
+        # they lie in memory.
+        sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = (
+            y.view(B, T, -1, self.head_dim).transpose(1, 2)
+            for y in self.c_attn(x).split(sizes, dim=2)
+        )
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attention(q, k, v, causal=True, dropout_p=self.dropout if self.training else 0.0)

@@ -68,6 +68,7 @@ OP = backend.Op(
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+        "triton": backend.triton_implementation("gelu"),
     },
 )
 

@@ -1,0 +1,123 @@
+"""benchmarks/run.py on a model small enough for a test: its rows, its refusals, its timing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import run
+from benchmarks.timing import interleave, summarise
+from gptfast.models import GPT, GPTConfig
+
+TINY = GPTConfig(block_size=16, vocab_size=67, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def tiny_works(monkeypatch):
+    works = [
+        run.Work("train", TINY, "char", 2),
+        run.Work("generate", TINY, "char", 1, new_tokens=4),
+        run.Work("train, large", TINY, "char", 2, quick=False),
+    ]
+    monkeypatch.setattr(run, "WORKS", works)
+    return works
+
+
+def test_rows_and_json(tiny_works, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    run.main(quick=True, json_file=file, compile=False, seconds_per_turn=0.01)
+    rows = json.loads(file.read_text())
+    assert [(r["work"], r["contender"]) for r in rows] == [
+        (work, contender)
+        for work in ("train", "generate")
+        for contender in ("gptfast", "torch eager")
+    ]
+    for r in rows:
+        assert r["dtype"] == "float32"
+        assert r["threads"] == torch.get_num_threads()
+        assert r["tok_per_s_p20"] <= r["tok_per_s"] <= r["tok_per_s_p80"]
+    by_contender = {(r["work"], r["contender"]): r for r in rows}
+    for work in ("train", "generate"):
+        ours, peer = by_contender[work, "gptfast"], by_contender[work, "torch eager"]
+        assert peer["ratio_to_best_peer"] == pytest.approx(1)
+        ratio = ours["tok_per_s"] / peer["tok_per_s"]
+        assert ours["ratio_to_best_peer"] == pytest.approx(ratio)
+    assert "torch eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_both_models_generate_the_same_tokens(bf16):
+    torch.manual_seed(0)
+    ours, stock = GPT(TINY), run.StockGPT(TINY)
+    stock.load_state_dict(ours.state_dict())
+    prompt = torch.randint(0, TINY.vocab_size, (2, 8))
+    seen = []
+    for model in (ours, stock):
+        tokens = []
+
+        def forward(idx, cache, model=model, tokens=tokens):
+            tokens.append(idx)
+            return model(idx, cache=cache)
+
+        run.generation(forward, model, prompt, 8, bf16)()
+        seen.append(torch.cat(tokens, 1))
+    assert torch.equal(*seen)
+
+
+def test_nothing_is_timed_when_the_gradients_are_wrong(tiny_works, monkeypatch):
+    def slightly_wrong(model, idx, targets=None, cache=None):
+        logits = run.StockGPT.forward(model, idx)[0] * 1.01
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    monkeypatch.setattr(GPT, "forward", slightly_wrong)
+    with pytest.raises(SystemExit, match=r"not timed: gptfast's gradient of .* is off"):
+        run.main(quick=True, compile=False, seconds_per_turn=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float64"}, "--dtype must be float32 or bfloat16, got 'float64'"),
+        ({"threads": 0}, "--threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(SystemExit, match=message):
+        run.main(**options)
+
+
+def test_json_folder_must_exist(tmp_path):
+    with pytest.raises(SystemExit, match="there is no folder"):
+        run.main(json_file=tmp_path / "missing" / "rows.json")
+
+
+def test_contenders_take_turns():
+    order = []
+    contenders = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = interleave(contenders, rounds=3, warmup=1, seconds_per_turn=0)
+    assert "".join(order) == "ab" + "ab" * 3
+    assert set(timings) == {"a", "b"}
+
+
+def test_timing_measures_a_known_sleep():
+    timings = interleave({"s": lambda: time.sleep(0.02)}, rounds=3, warmup=0, seconds_per_turn=0.05)
+    assert 0.02 <= timings["s"].median < 0.04
+
+
+def test_percentiles():
+    t = summarise([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (t.median, t.p20, t.p80) == (3.0, pytest.approx(1.8), pytest.approx(4.2))
+    assert not math.isnan(summarise([1.0]).p80)
+
+
+def test_table_names_every_row(capsys):
+    rows = [run.Row("train", "gptfast", "float32", 2, 1000.0, 1.5, 900.0, 1100.0)]
+    run.print_table(rows, Console(width=160))
+    out = capsys.readouterr().out
+    assert "gptfast" in out
+    assert "1.50" in out
