@@ -70,7 +70,11 @@ class Row:
 
 
 def train_step(
-    forward: Callable[..., Any], model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, bf16: bool
+    forward: Callable[..., Any],
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bf16: bool,
 ) -> Callable[[], None]:
     """A closure that takes one training step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -106,7 +110,8 @@ def generation(
 
 def check_equal(ours: GPT, stock: StockGPT, x: torch.Tensor, y: torch.Tensor) -> None:
     """Raise unless both models give the same loss and gradients in fp32."""
-    losses, gradients = [], []
+    losses: list[float] = []
+    gradients: list[dict[str, Any]] = []
     for model in (ours, stock):
         model.zero_grad()
         loss = model(x, y)[1]
@@ -206,7 +211,9 @@ def print_table(rows: list[Row], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, tyro.conf.arg(help="The small model only, in under two minutes.")] = False,
+    quick: Annotated[
+        bool, tyro.conf.arg(help="The small model only, in under two minutes.")
+    ] = False,
     json_file: Annotated[
         Path | None, tyro.conf.arg(name="json", help="Also write the rows to this file.")
     ] = None,

@@ -5,6 +5,8 @@ Parameter names are those of `gptfast.models.GPT`, so that one `state_dict` fits
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -97,7 +99,7 @@ class StockGPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
 
     def new_cache(self, batch_size: int) -> StockCache:
         return StockCache(self.config, batch_size)
@@ -110,7 +112,7 @@ class StockGPT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         start = cache.length if cache is not None else 0
         position = torch.arange(start, start + idx.shape[1], device=idx.device)
-        t = self.transformer
+        t: Any = self.transformer
         x = t["drop"](t["wte"](idx) + t["wpe"](position))
         for layer, block in enumerate(t["h"]):
             x = block(x, cache, layer)

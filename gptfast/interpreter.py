@@ -1,9 +1,9 @@
 """Makes Triton's interpreter (`TRITON_INTERPRET=1`) compute bfloat16 correctly.
 
-The interpreter keeps bfloat16 as the 16-bit integers of its bit pattern and does arithmetic, reductions
-and products on those integers; its casts to bfloat16 truncate (triton issues 10945, 11584, 11604).
-`install()` widens every bfloat16 operand to fp32 before the operation and rounds the result back to
-nearest even, which is what the hardware does.
+The interpreter keeps bfloat16 as the 16-bit integers of its bit pattern and does arithmetic,
+reductions and products on those integers; its casts to bfloat16 truncate (triton issues 10945,
+11584, 11604). `install()` widens every bfloat16 operand to fp32 before the operation and rounds the
+result back to nearest even, which is what the hardware does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 TensorHandle = interpreter.TensorHandle
-ARITHMETIC = (
+ARITHMETIC = (  # noqa: SIM905 - a list of fifty quotes reads worse
     "fadd fsub fmul fdiv frem fneg fma fabs precise_divf approx_divf clampf "
     "minimumf maximumf minnumf maxnumf exp exp2 log log2 sqrt rsqrt sin cos erf floor ceil"
 ).split()

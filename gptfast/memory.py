@@ -1,7 +1,8 @@
 """Memory that is freed and needed again at once: keeping it costs nothing and saves page faults.
 
-glibc maps every large tensor anew and gives it back when it is freed, so that each training step touches
-all of its memory for the first time. On a CPU those page faults can cost more than the arithmetic.
+glibc maps every large tensor anew and gives it back when it is freed, so that each training step
+touches all of its memory for the first time. On a CPU those page faults can cost more than the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def keep_freed_memory() -> bool:
     Memory use stays at its peak afterwards. `gptfast train` calls this; importing gptfast does not.
 
     Returns:
-        Whether the allocator took the advice: True with glibc, False elsewhere (nothing is changed).
+        Whether the allocator took the advice: True with glibc, False elsewhere (nothing is
+        changed).
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
         self.apply(self._initialise)
         # 2 n_layer branches are added to the residual stream: keep its variance at one.
         for name, parameter in self.named_parameters():
@@ -143,7 +144,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
-        """An empty cache of keys and values for `batch_size` sequences of up to `max_length` tokens."""
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
         c = self.config
         weight = self.lm_head.weight
         return KVCache(
@@ -181,7 +182,7 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
         position = torch.arange(start, start + T, device=idx.device)
-        t = self.transformer
+        t: Any = self.transformer
         x = t["drop"](t["wte"](idx) + t["wpe"](position))
         for layer, block in enumerate(t["h"]):
             x = block(x, cache, layer)

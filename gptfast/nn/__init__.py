@@ -1,4 +1,4 @@
-"""Drop-in modules over the ops: torch's constructors, parameters and `state_dict` where torch has one."""
+"""Drop-in modules over the ops, with torch's constructors, parameters and `state_dict`."""
 
 from gptfast.nn.attention import CausalSelfAttention, KVCache
 from gptfast.nn.gelu import GELU

@@ -37,7 +37,7 @@ class KVCache:
     def append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, H_kv, T, D) behind the tokens of `layer`; return all of that layer's."""
+        """Write k and v (B, H_kv, T, D) behind the tokens of `layer`; return them all."""
         start, end = self.length, self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"KVCache: room for {self.max_length} tokens, got {end}")
@@ -56,7 +56,7 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """y = W_o concat_h(attention(x W_q, x W_k, x W_v)) + b_o, each token seeing itself and those before.
+    """y = W_o concat_h(attention(x W_q, x W_k, x W_v)) + b_o, each token seeing those up to itself.
 
     Parameters are GPT-2's: `c_attn` holds W_q, W_k, W_v side by side, `c_proj` is the output.
 
@@ -98,8 +98,8 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """Attend from x to itself, and with a cache to the tokens before it as well."""
         B, T, C = x.shape
-        # Split before the heads are taken apart: the gradients then join along the last dimension, as
-        # they lie in memory.
+        # Split before the heads are taken apart: the gradients then join along the last dimension,
+        # as they lie in memory.
         sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = (
             y.view(B, T, -1, self.head_dim).transpose(1, 2)

@@ -15,8 +15,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             size_average and reduce).
 
     Shape: logits (V), (N, V) or (N, V, d1, ...) with class indices (), (N) or (N, d1, ...), as in
-    torch. The loss is float32 also for half-precision logits. Targets must be class indices: for class
-    probabilities keep `torch.nn.CrossEntropyLoss`.
+    torch. The loss is float32 also for half-precision logits. Targets must be class indices: for
+    class probabilities keep `torch.nn.CrossEntropyLoss`.
     """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ dv_j = sum_i p_ij z_ij do_i
 ds_ij = p_ij (z_ij do_i . v_j - delta_i)
 dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
 
-Dropout keeps (i, j) where 16 bits of Philox-4x32-10, with key `seed` and counter (i, j div 8, head), are
-below (1 - p) 2^16. Every backend draws the same mask, in backward as in forward.
+Dropout keeps (i, j) where 16 bits of Philox-4x32-10, with key `seed` and counter (i, j div 8,
+head), are below (1 - p) 2^16. Every backend draws the same mask, in backward as in forward.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def reference_fwd(
     scale: float,
     dropout_p: float,
 ) -> Tensors2:
+    """The formula in PyTorch."""
     dtype = statistics_dtype(q.dtype)
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     kf, vf = (x.to(dtype).repeat_interleave(H // k.shape[1], 1) for x in (k, v))
     o = _empty_output(q)
     lse = q.new_empty(B, H, T, dtype=dtype)
@@ -64,9 +65,9 @@ def reference_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> Tensors3:
+    """The gradient formulas in PyTorch."""
     dtype = statistics_dtype(q.dtype)
-    B, H, T, D = q.shape
-    G = H // k.shape[1]
+    G = q.shape[1] // k.shape[1]
     kf, vf = (x.to(dtype).repeat_interleave(G, 1) for x in (k, v))
     dof = do.to(dtype)
     delta = (dof * o.to(dtype)).sum(-1, keepdim=True)
@@ -137,9 +138,7 @@ def dropout_factors(
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     lane = j % 8
-    word = torch.where(
-        lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3)
-    )
+    word = torch.where(lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3))
     bits = torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
     threshold = dropout_threshold(dropout_p)
     inverse_keep = 65536 / threshold if threshold else 0.0
@@ -176,6 +175,7 @@ def cpu_fwd(
     scale: float,
     dropout_p: float,
 ) -> Tensors2:
+    """The `cpu` backend of the forward op."""
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     B, H, T, D = q.shape
     o = _empty_output(q)
@@ -206,6 +206,7 @@ def cpu_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> Tensors3:
+    """The `cpu` backend of the backward op."""
     do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
     B, H, T, D = q.shape
     empty = q.new_empty(0)
@@ -250,7 +251,9 @@ def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Te
     return OP.choose(q, k, v).fwd(q, k, v, *options)
 
 
-def _bwd(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors3:
+def _bwd(
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> Tensors3:
     return OP.choose(q, k, v).bwd(do, q, k, v, *rest)
 
 
@@ -317,16 +320,17 @@ def attention(
         k: (B, H_kv, S, D), in q's dtype. H_kv divides H: each key head serves H / H_kv query heads.
         v: (B, H_kv, S, D).
         causal: query i sees the keys j <= i + S - T. With T = S that is the usual triangle; with a
-            KV cache (T < S) the last query sees every key. Note that PyTorch's `is_causal` aligns the
-            triangle to the first key instead.
+            KV cache (T < S) the last query sees every key. Note that PyTorch's `is_causal` aligns
+            the triangle to the first key instead.
         scale: factor of the scores; None means 1 / sqrt(D).
         dropout_p: probability of dropping a score, in [0, 1).
         seed: int64 scalar tensor that determines the dropout mask; None draws one from PyTorch's
             generator, so `torch.manual_seed` decides.
 
     Returns:
-        (B, H, T, D) in q's dtype, laid out as (B, T, H, D) so that merging the heads copies nothing.
-        A query that may see no key gets zeros. Under autocast q, k and v are cast to its dtype.
+        (B, H, T, D) in q's dtype, laid out as (B, T, H, D) so that merging the heads copies
+        nothing. A query that may see no key gets zeros. Under autocast q, k and v are cast to its
+        dtype.
 
     Raises:
         TypeError: not floating point, or dtypes differ.
@@ -334,7 +338,8 @@ def attention(
         RuntimeError: tensors on different devices.
 
     Limits:
-        Extra memory is O(B H T) for the log-sum-exp, and in backward on a CPU 16 S D bytes a thread.
+        Extra memory is O(B H T) for the log-sum-exp, and in backward on a CPU 16 S D bytes a
+        thread.
 
     Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
     """

@@ -37,6 +37,7 @@ def reference_fwd(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensors2:
+    """The formula in PyTorch."""
     V = x.shape[-1]
     xf = x.to(statistics_dtype(x.dtype))
     ignored = target == ignore_index
@@ -63,6 +64,7 @@ def reference_bwd(
     ignore_index: int,
     label_smoothing: float,
 ) -> torch.Tensor:
+    """The gradient formulas in PyTorch."""
     M, V = x.shape
     xf = x.to(statistics_dtype(x.dtype))
     ignored = target == ignore_index
@@ -83,6 +85,7 @@ def cpu_fwd(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensors2:
+    """The `cpu` backend of the forward op."""
     x, target, weight = x.contiguous(), target.contiguous(), _parameter(weight)
     M, V = x.shape
     loss = torch.empty(M, dtype=torch.float32)
@@ -113,6 +116,7 @@ def cpu_bwd(
     ignore_index: int,
     label_smoothing: float,
 ) -> torch.Tensor:
+    """The `cpu` backend of the backward op."""
     x, target, weight = x.contiguous(), target.contiguous(), _parameter(weight)
     dloss, lse = dloss.contiguous(), lse.contiguous()
     dx = torch.empty_like(x)
@@ -190,9 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
 
 def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
     x, target, weight, lse = ctx.saved_tensors
-    dx = cross_entropy_bwd(
-        dloss, x, target, weight, lse, ctx.ignore_index, ctx.label_smoothing
-    )
+    dx = cross_entropy_bwd(dloss, x, target, weight, lse, ctx.ignore_index, ctx.label_smoothing)
     return None, dx, None, None, None, None
 
 

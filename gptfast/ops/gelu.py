@@ -20,11 +20,13 @@ APPROXIMATIONS = ("none", "tanh")
 
 
 def reference_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The formula in PyTorch."""
     xf = x.to(statistics_dtype(x.dtype))
     return (xf * _phi(xf, approximate)).to(x.dtype)
 
 
 def reference_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The gradient formulas in PyTorch."""
     xf = x.to(statistics_dtype(x.dtype))
     phi = _phi(xf, approximate)
     if approximate == "tanh":
@@ -44,6 +46,7 @@ def _phi(x: torch.Tensor, approximate: str) -> torch.Tensor:
 
 
 def cpu_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cpu` backend of the forward op."""
     x = x.contiguous()
     y = torch.empty_like(x)
     code = backend.DTYPE_CODES[x.dtype]
@@ -54,6 +57,7 @@ def cpu_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
 
 
 def cpu_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cpu` backend of the backward op."""
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     code = backend.DTYPE_CODES[x.dtype]

@@ -28,6 +28,7 @@ Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def reference_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
+    """The formula in PyTorch."""
     xf = x.to(statistics_dtype(x.dtype))
     mean = xf.mean(-1)
     centred = xf - mean.unsqueeze(-1)
@@ -48,6 +49,7 @@ def reference_bwd(
     rstd: torch.Tensor,
     needs: list[bool],
 ) -> Tensors3:
+    """The gradient formulas in PyTorch."""
     dtype = statistics_dtype(x.dtype)
     dyf = dy.to(dtype)
     rs = rstd.unsqueeze(-1)
@@ -68,6 +70,7 @@ def reference_bwd(
 def cpu_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
+    """The `cpu` backend of the forward op."""
     x, w, b = x.contiguous(), _parameter(w), _parameter(b)
     y = torch.empty_like(x)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32)
@@ -95,6 +98,7 @@ def cpu_bwd(
     rstd: torch.Tensor,
     needs: list[bool],
 ) -> Tensors3:
+    """The `cpu` backend of the backward op."""
     dy, x, w = dy.contiguous(), x.contiguous(), _parameter(w)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     M, N = mean.numel(), x.shape[-1]
@@ -138,13 +142,12 @@ OP = backend.Op(
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+        "triton": backend.triton_implementation("layer_norm"),
     },
 )
 
 
-def _fwd(
-    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
-) -> Tensors3:
+def _fwd(x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float) -> Tensors3:
     return OP.choose(x).fwd(x, w, b, eps)
 
 

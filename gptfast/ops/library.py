@@ -1,6 +1,7 @@
 """Registration with `torch.library`: what makes a kernel visible to autograd, compile and autocast.
 
-`Library.define`/`impl` is used rather than `torch.library.custom_op`, whose call costs 2.5 times as much.
+`Library.define`/`impl` is used rather than `torch.library.custom_op`, whose call costs 2.5 times as
+much.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ def define(
     """Register one op as `torch.ops.gptfast.<name>` and return a function that calls it.
 
     In plain eager mode that function goes to the implementation directly: a call through the
-    dispatcher and back into Python costs three times as much as a small kernel. Anything that wants to
-    see the op (compile, export, fake tensors, subclasses, functorch, autocast, a profiler) gets it.
+    dispatcher and back into Python costs three times as much as a small kernel. Anything that wants
+    to see the op (compile, export, fake tensors, subclasses, functorch, autocast, a profiler) gets
+    it.
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", in the language of `torch.library`.
         implementation: runs on real tensors of any device; it chooses the backend itself.
         fake: the same call on fake tensors: shapes, dtypes, devices and strides of the results.
-        backward: autograd formula, `backward(ctx, *grads)`, returning None for the keyset and then a
+        backward: autograd formula, `backward(ctx, *grads)`, returning None for the keyset and then
+        a
             gradient per input; without it the op refuses differentiation.
         setup_context: `setup_context(ctx, inputs, output)`, saves what backward needs.
         autocast: cast floating-point tensors to the autocast dtype, as torch does for products.
@@ -97,7 +100,7 @@ def _autograd_function(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> Any:
-    """What `torch.library.register_autograd` makes, without its bookkeeping: half its time per call."""
+    """What `torch.library.register_autograd` makes, at half the cost per call."""
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         output = implementation(*args) if keyset is None else _below_autograd(op, keyset, args)
