@@ -3,9 +3,9 @@
 Rows of up to MAX_BLOCK columns are held in registers: forward and backward then read every element
 once. Wider rows are swept in blocks: forward reads x three times, backward dy and x twice.
 
-dw and db are summed in two stages. Backward runs a fixed number of programs; each walks over its own
-rows and keeps the sums of its columns, which it writes to its row of `partial` (P, 2, N) in fp32. A
-second kernel adds those rows in order, so the result is the same every time.
+dw and db are summed in two stages. Backward runs a fixed number of programs; each walks over its
+own rows and keeps the sums of its columns, which it writes to its row of `partial` (P, 2, N) in
+fp32. A second kernel adds those rows in order, so the result is the same every time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Config:
 def pick_config(M: int, N: int) -> Config:
     """Launch sizes for M rows of N columns.
 
-    num_warps gives a thread at most 8 (narrow) to 64 (MAX_BLOCK) elements: 128-bit loads throughout.
+    num_warps gives a thread 8 (narrow) to 64 (MAX_BLOCK) elements: 128-bit loads throughout.
     Backward's programs are a function of M alone (the result must not depend on the card): 256
     fill the 132 to 148 multiprocessors of today's large cards, and `partial` stays below 1 % of the
     traffic once every program has some 64 rows.
@@ -221,7 +221,7 @@ def layer_norm_bwd_sum_kernel(partial_ptr, dw_ptr, db_ptr, programs, N, BLOCK_N:
     mask = cols < N
     dw = tl.zeros((BLOCK_N,), tl.float32)
     db = tl.zeros((BLOCK_N,), tl.float32)
-    for p in range(programs):
+    for _ in range(programs):
         dw += tl.load(partial_ptr + cols, mask=mask, other=0.0)
         db += tl.load(partial_ptr + N + cols, mask=mask, other=0.0)
         partial_ptr += 2 * N
