@@ -42,9 +42,7 @@ def reference_fwd(
     xf = x.to(statistics_dtype(x.dtype))
     ignored = target == ignore_index
     if x.device.type == "cpu":  # elsewhere the look would wait for the device; gather asserts there
-        bad = ((target < 0) | (target >= V)) & ~ignored
-        if bad.any():
-            _raise_bad_target(target, int(bad.nonzero()[0]), V, ignore_index)
+        check_targets(target, V, ignore_index)
     t = target.masked_fill(ignored, 0)
     lse = torch.logsumexp(xf, -1) if V else xf.new_zeros(x.shape[0])
     w = xf.new_ones(V) if weight is None else weight.to(xf.dtype)
@@ -142,6 +140,13 @@ def _parameter(w: torch.Tensor | None) -> torch.Tensor | None:
     return w.to(torch.float32).contiguous()
 
 
+def check_targets(target: torch.Tensor, V: int, ignore_index: int) -> None:
+    """Raise IndexError naming the first target outside [0, V) that is not ignored (it waits)."""
+    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
+    if bad.any():
+        _raise_bad_target(target, int(bad.nonzero()[0]), V, ignore_index)
+
+
 def _raise_bad_target(target: torch.Tensor, row: int, V: int, ignore_index: int) -> None:
     raise IndexError(
         f"cross_entropy: target must be in [0, {V}) or ignore_index {ignore_index}, "
@@ -154,6 +159,7 @@ OP = backend.Op(
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+        "triton": backend.triton_implementation("cross_entropy"),
     },
 )
 
@@ -239,7 +245,8 @@ def cross_entropy(
     Raises:
         TypeError: logits not floating point, or target not int64.
         ValueError: shapes that do not fit, unknown reduction, label_smoothing outside [0, 1].
-        IndexError: a target outside [0, V); the first one is named (on a CPU).
+        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss is
+            NaN (torch backend: a device-side assertion).
         RuntimeError: tensors on different devices.
 
     Source: Szegedy et al., "Rethinking the Inception Architecture", 2015, for label smoothing.
