@@ -1,7 +1,7 @@
 """Cross-entropy in Triton. The maths stands in `gptfast/ops/cross_entropy.py`.
 
-Forward: one program per row, which sweeps the vocabulary once with a running maximum and sum in each
-lane: x is read once. Backward: one program per block of a row, x read and dx written once.
+Forward: one program per row, which sweeps the vocabulary once with a running maximum and sum in
+each lane: x is read once. Backward: one program per block of a row, x read and dx written once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cross_entropy_fwd_kernel(
             weighted += tl.where(mask, w * x, 0.0)
     row_top = tl.max(top, 0)
     lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
-    # A target outside [0, V) makes the loss NaN; to look for it on the host would wait for the card.
+    # A target outside [0, V) makes the loss NaN: a look from the host would wait for the card.
     known = (t >= 0) & (t < V)
     loss = lse - tl.load(x_ptr + t, mask=known, other=float("nan")).to(tl.float32)
     if HAS_W:

@@ -43,7 +43,7 @@ def reference_fwd(
     dtype = statistics_dtype(q.dtype)
     B, H, T, _ = q.shape
     kf, vf = (x.to(dtype).repeat_interleave(H // k.shape[1], 1) for x in (k, v))
-    o = _empty_output(q)
+    o = empty_output(q)
     lse = q.new_empty(B, H, T, dtype=dtype)
     for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
         lse[:, :, rows] = torch.logsumexp(scores, -1)
@@ -71,7 +71,7 @@ def reference_bwd(
     kf, vf = (x.to(dtype).repeat_interleave(G, 1) for x in (k, v))
     dof = do.to(dtype)
     delta = (dof * o.to(dtype)).sum(-1, keepdim=True)
-    dq, dk, dv = _empty_output(q), torch.zeros_like(kf), torch.zeros_like(vf)
+    dq, dk, dv = empty_output(q), torch.zeros_like(kf), torch.zeros_like(vf)
     for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
         p = _probabilities(scores, lse[:, :, rows])
         pz = p if z is None else p * z
@@ -156,7 +156,7 @@ def _multiply_wide(a: int, b: torch.Tensor) -> Tensors2:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def _empty_output(q: torch.Tensor) -> torch.Tensor:
+def empty_output(q: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) lying in memory as (B, T, H, D): merging the heads afterwards copies nothing."""
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D).transpose(1, 2)
@@ -178,7 +178,7 @@ def cpu_fwd(
     """The `cpu` backend of the forward op."""
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     B, H, T, D = q.shape
-    o = _empty_output(q)
+    o = empty_output(q)
     lse = torch.empty(B, H, T, dtype=torch.float32)
     backend.extension().attention_fwd(  # type: ignore[union-attr]
         _heads(q),
@@ -210,8 +210,8 @@ def cpu_bwd(
     do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
     B, H, T, D = q.shape
     empty = q.new_empty(0)
-    dq = _empty_output(q) if needs[0] else empty
-    dk, dv = (_empty_output(k), _empty_output(v)) if needs[1] or needs[2] else (empty, empty)
+    dq = empty_output(q) if needs[0] else empty
+    dk, dv = (empty_output(k), empty_output(v)) if needs[1] or needs[2] else (empty, empty)
     nothing = (0, 0, 0, 0)
     backend.extension().attention_bwd(  # type: ignore[union-attr]
         _heads(do),
@@ -243,6 +243,7 @@ OP = backend.Op(
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+        "triton": backend.triton_implementation("attention"),
     },
 )
 
@@ -258,7 +259,7 @@ def _bwd(
 
 
 def _fake_fwd(q: torch.Tensor, *_: Any) -> Tensors2:
-    return _empty_output(q), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
 
 
 def _fake_bwd(
@@ -266,7 +267,7 @@ def _fake_bwd(
 ) -> Tensors3:
     needs = rest[-1]
     return tuple(  # type: ignore[return-value]
-        _empty_output(x) if need else x.new_empty(0)
+        empty_output(x) if need else x.new_empty(0)
         for x, need in zip((q, k, v), needs, strict=True)
     )
 
