@@ -1,10 +1,11 @@
 """Flash attention in Triton. The maths stands in `gptfast/ops/attention.py`.
 
 Forward: one program per (block of queries, batch and head); it walks over the blocks of keys up to
-the diagonal. Backward: `delta`, then one kernel whose programs own a block of keys and walk over the
-queries (dk, dv, also over the query heads that share a key head), and one whose programs own a block
-of queries and walk over the keys (dq). No program writes what another one writes: deterministic, with
-no atomics. Masks are computed only in blocks that the diagonal or the end of the sequence cuts.
+the diagonal. Backward: `delta`, then one kernel whose programs own a block of keys and walk over
+the queries (dk, dv, also over the query heads that share a key head), and one whose programs own a
+block of queries and walk over the keys (dq). No program writes what another one writes:
+deterministic, with no atomics. Masks are computed only in blocks that the diagonal or the end of
+the sequence cuts.
 
 Products take their operands in the input dtype and accumulate in fp32, on the matrix units; all
 other arithmetic is fp32. Softmax works in base 2: exp2(s log2(e)) is one instruction.
