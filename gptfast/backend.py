@@ -1,8 +1,8 @@
 """The one place where a backend is chosen.
 
 Every op offers its implementations as an `Op`; `Op.choose` takes the first backend in the device's
-order that has no reason to refuse. A forced backend (`GPTFAST_BACKEND`, or `use_backend`) never falls
-back: it raises with its reason.
+order that has no reason to refuse. A forced backend (`GPTFAST_BACKEND`, or `use_backend`) never
+falls back: it raises with its reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def extension() -> ModuleType | None:
         from gptfast import _C  # type: ignore[attr-defined]
     except ImportError as error:
         warnings.warn(
-            f"gptfast has no compiled kernels here ({error}), so ops on CPU tensors run on its PyTorch "
+            f"gptfast has no compiled kernels here ({error}): CPU tensors go through the PyTorch "
             f"reference. {HOW_TO_BUILD}; `gptfast doctor` tells more.",
             RuntimeWarning,
             stacklevel=2,
@@ -79,7 +79,7 @@ class Implementation:
 
 
 def triton_implementation(op: str) -> Implementation:
-    """The functions `<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<op>`, imported when first called."""
+    """`<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<op>`, imported when first called."""
 
     @cache
     def kernel(name: str) -> Callable[..., Any]:
@@ -101,7 +101,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `use_backend` or `GPTFAST_BACKEND`; None when the choice is automatic."""
+    """The backend forced by `use_backend` or `GPTFAST_BACKEND`, or None."""
     name = _forced or _environment_backend()
     return None if name == "auto" else name
 
@@ -115,7 +115,8 @@ def _environment_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force every gptfast op onto one backend inside the `with` block.
 
-    Process-wide, like the flags in `torch.backends`: the threads of the autograd engine follow it too.
+    Process-wide, like the flags in `torch.backends`: the threads of the autograd engine follow it
+    too.
 
     Args:
         name: "torch", "cpu", "triton", "cuda", or "auto" for the automatic choice.
@@ -144,7 +145,7 @@ class Op:
         OPS[name] = self
 
     def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
-        """Why `backend` cannot run this op on these arguments, or None. `x` decides device and dtype."""
+        """Why `backend` cannot run this op on these arguments, or None; x decides the device."""
         if backend == "torch":
             return None
         implementation = self.implementations.get(backend)

@@ -1,5 +1,5 @@
-// Exposes a kernel table to Python: pointers arrive as integers (Tensor.data_ptr()), dtypes as their
-// codes, and the GIL is released while the kernel runs. Python has checked every argument.
+// Exposes a kernel table to Python: pointers arrive as integers (Tensor.data_ptr()), dtypes as
+// their codes, and the GIL is released while the kernel runs. Python has checked every argument.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -25,7 +25,8 @@ struct FromPython<DType> {
 };
 
 template <class Result, class... Args>
-void bind_kernel(pybind11::module_& m, const char* name, const KernelTable<Result(Args...)>& table) {
+void bind_kernel(pybind11::module_& m, const char* name,
+                 const KernelTable<Result(Args...)>& table) {
   m.def(
       name,
       [&table](typename FromPython<Args>::type... args) {

@@ -1,5 +1,5 @@
-// Flash attention on the CPU: o = dropout(softmax(scale q k^T + mask)) v, and its gradients, without
-// ever holding more than one tile of the T x S score matrix.
+// Flash attention on the CPU: o = dropout(softmax(scale q k^T + mask)) v, and its gradients,
+// without ever holding more than one tile of the T x S score matrix.
 //
 //   s_ij = scale q_i . k_j          (causal: only j <= i + S - T, the bottom-right diagonal)
 //   lse_i = log sum_j exp(s_ij),  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij z_ij v_j
@@ -8,16 +8,18 @@
 //   ds_ij = p_ij (z_ij do_i . v_j - delta_i)
 //   dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
 //
-// z_ij is 1, or with dropout keep_ij / (1 - p), drawn by a counter-based generator from (seed, batch and
-// head, i, j) and drawn again in backward. A row that may see no key has o = 0 and lse = -inf.
+// z_ij is 1, or with dropout keep_ij / (1 - p), drawn by a counter-based generator from (seed,
+// batch and head, i, j) and drawn again in backward. A row that may see no key has o = 0 and
+// lse = -inf.
 //
-// Scores are kept transposed (a row per key, a lane per query): the running maximum and sum are then
-// plain vector operations with no reduction across lanes, keys and values are used as they lie in
-// memory, and only the query block is transposed, once. All arithmetic is fp32.
+// Scores are kept transposed (a row per key, a lane per query): the running maximum and sum are
+// then plain vector operations with no reduction across lanes, keys and values are used as they lie
+// in memory, and only the query block is transposed, once. All arithmetic is fp32.
 //
-// Forward: up to four queries are handled one by one; otherwise one task per (batch, head, block of queries); it walks over the blocks of keys up to the
-// diagonal. Backward: one task per (batch, key head), which adds dk and dv up in fp32 in the order of
-// the query blocks: deterministic for any number of threads.
+// Forward: up to four queries are handled one by one; otherwise one task per (batch, head, block of
+// queries); it walks over the blocks of keys up to the diagonal. Backward: one task per (batch, key
+// head), which adds dk and dv up in fp32 in the order of the query blocks: deterministic for any
+// number of threads.
 //
 // Kernels take tuples (address and strides, shape, options) instead of some thirty scalars.
 #include <cfloat>
@@ -50,22 +52,24 @@ struct AttentionOptions {
 DECLARE_KERNEL(attention_fwd, void(Heads q, Heads k, Heads v, Heads o, float* lse,
                                    AttentionShape shape, AttentionOptions options, DType dtype))
 // dq may have address 0 (not wanted), and so may dk and dv together
-DECLARE_KERNEL(attention_bwd, void(Heads dout, Heads q, Heads k, Heads v, Heads o,
-                                   const float* lse, Heads dq, Heads dk, Heads dv,
-                                   AttentionShape shape, AttentionOptions options, DType dtype))
+DECLARE_KERNEL(attention_bwd, void(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* lse,
+                                   Heads dq, Heads dk, Heads dv, AttentionShape shape,
+                                   AttentionOptions options, DType dtype))
 // keep: (T, S) bytes, for tests: the mask of one head
-DECLARE_KERNEL(attention_dropout_mask, void(uint8_t* keep, int64_t head, AttentionShape shape,
-                                            AttentionOptions options))
+DECLARE_KERNEL(attention_dropout_mask,
+               void(uint8_t* keep, int64_t head, AttentionShape shape, AttentionOptions options))
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
 constexpr int64_t kQueries = 64;  // lanes of a score tile: 4 vectors of AVX-512
-constexpr int64_t kKeys = 64;     // rows of a score tile: tile, keys and values take 48 KiB at D = 64
+constexpr int64_t kKeys = 64;  // rows of a score tile: tile, keys and values take 48 KiB at D = 64
 
 constexpr int64_t kFewQueries = 4;  // up to here a quarter of a tile's lanes at most would be used
 
-inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t ceil_to(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
@@ -73,7 +77,8 @@ T* row(Heads x, int64_t b, int64_t h, int64_t t) {
   return reinterpret_cast<T*>(x.address) + b * x.stride_b + h * x.stride_h + t * x.stride_t;
 }
 
-// rows x D of storage type T to fp32 rows of width = D rounded up to W, padded with zeros, times `factor`
+// rows x D of storage type T to fp32 rows of width = D rounded up to W, padded with zeros, times
+// `factor`
 template <class T>
 void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t D, int64_t width, float factor,
                float* out) {
@@ -110,7 +115,8 @@ inline i32v lane_index() {
 }
 
 // The last key that query i may see, plus one.
-inline int64_t visible_keys(const AttentionShape& shape, const AttentionOptions& options, int64_t i) {
+inline int64_t visible_keys(const AttentionShape& shape, const AttentionOptions& options,
+                            int64_t i) {
   if (!options.causal) return shape.S;
   const int64_t end = i + 1 + shape.S - shape.T;
   return end < 0 ? 0 : smaller(end, shape.S);
@@ -154,7 +160,8 @@ struct Dropout {
   }
 };
 
-// Scores that the mask forbids become -inf. tile row n is key `key` + n, lane m is query `query` + m.
+// Scores that the mask forbids become -inf. tile row n is key `key` + n, lane m is query
+// `query` + m.
 inline void mask_tile(float* tile, int64_t lanes, int64_t keys, int64_t query, int64_t key,
                       const AttentionShape& shape) {
   for (int64_t n = 0; n < keys; ++n) {
@@ -178,8 +185,8 @@ void forward_block(Heads q, Heads k, Heads v, Heads o, float* lse, const Attenti
   const Dropout dropout(options);
 
   static thread_local Scratch scratch;
-  float* q_rows = scratch.reserve((kQueries * 2 + kKeys * 2) * width + kKeys * kQueries +
-                                  3 * kQueries);
+  float* q_rows =
+      scratch.reserve((kQueries * 2 + kKeys * 2) * width + kKeys * kQueries + 3 * kQueries);
   float* q_t = q_rows + kQueries * width;  // D x lanes; later the rows of o
   float* k_rows = q_t + kQueries * width;
   float* v_rows = k_rows + kKeys * width;
@@ -232,12 +239,13 @@ void forward_block(Heads q, Heads k, Heads v, Heads o, float* lse, const Attenti
     const float sum = running_sum[m];
     unpack_rows(acc + m * width, width, 1, D, sum == 0 ? 0.0f : 1.0f / sum,
                 row<T>(o, b, h, query + m), o.stride_t);
-    lse[(b * shape.H + h) * shape.T + query + m] = sum == 0 ? -INFINITY : running_max[m] + std::log(sum);
+    lse[(b * shape.H + h) * shape.T + query + m] =
+        sum == 0 ? -INFINITY : running_max[m] + std::log(sum);
   }
 }
 
-// One query against all keys, for decoding: scores lie along the keys, and keys and values are read as
-// they are, once. A tile would leave all but one of its lanes unused.
+// One query against all keys, for decoding: scores lie along the keys, and keys and values are read
+// as they are, once. A tile would leave all but one of its lanes unused.
 template <class T>
 void forward_query(Heads q, Heads k, Heads v, Heads o, float* lse, const AttentionShape& shape,
                    const AttentionOptions& options, int64_t b, int64_t h, int64_t query) {
@@ -253,7 +261,8 @@ void forward_query(Heads q, Heads k, Heads v, Heads o, float* lse, const Attenti
   for (int64_t n = 0; n < keys; ++n) {
     const T* k_row = row<const T>(k, b, h_kv, n);
     f32v dot{};
-    for_each_vector(D, [&](int64_t d, auto part) { dot += part.load(k_row + d) * load(q_row + d); });
+    for_each_vector(D,
+                    [&](int64_t d, auto part) { dot += part.load(k_row + d) * load(q_row + d); });
     p[n] = reduce_add(dot);
   }
   f32v top = set1(-FLT_MAX), sum{};
@@ -277,23 +286,22 @@ void forward_query(Heads q, Heads k, Heads v, Heads o, float* lse, const Attenti
     for (; n < keys; ++n) acc[0] += p[n] * part.load(v_row + n * v.stride_t);
     part.store(out + d, (acc[0] + acc[1] + (acc[2] + acc[3])) * scale);
   });
-  lse[(b * shape.H + h) * shape.T + query] =
-      total == 0 ? -INFINITY : highest + std::log(total);
+  lse[(b * shape.H + h) * shape.T + query] = total == 0 ? -INFINITY : highest + std::log(total);
 }
 
 // All gradients that come from the heads of q that share key head h_kv.
 template <class T>
 void backward_head(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* lse, Heads dq,
-                   Heads dk, Heads dv, const AttentionShape& shape,
-                   const AttentionOptions& options, int64_t b, int64_t h_kv) {
+                   Heads dk, Heads dv, const AttentionShape& shape, const AttentionOptions& options,
+                   int64_t b, int64_t h_kv) {
   const int64_t D = shape.D, width = ceil_to(D, W), group = shape.H / shape.H_kv;
   const int64_t S = shape.S;
   const bool want_dq = dq.address, want_dkv = dk.address;
   const Dropout dropout(options);
 
   static thread_local Scratch scratch;
-  float* k_rows = scratch.reserve(S * width * 4 + kQueries * width * 5 + kKeys * kQueries * 2 +
-                                  2 * kQueries);
+  float* k_rows =
+      scratch.reserve(S * width * 4 + kQueries * width * 5 + kKeys * kQueries * 2 + 2 * kQueries);
   float* v_rows = k_rows + S * width;
   float* dk_acc = v_rows + S * width;
   float* dv_acc = dk_acc + S * width;
@@ -326,7 +334,8 @@ void backward_head(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* 
         f32v dot{};
         if (m < queries)
           for_each_vector(D, [&](int64_t d, auto part) {
-            dot += part.load(row<const T>(o, b, h, query + m) + d) * part.load(do_rows + m * width + d);
+            dot += part.load(row<const T>(o, b, h, query + m) + d) *
+                   part.load(do_rows + m * width + d);
           });
         delta[m] = reduce_add(dot);
       }
@@ -347,11 +356,14 @@ void backward_head(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* 
             store(ds + n * lanes + m, prob * (load(ds + n * lanes + m) - load(delta + m)));
           }
         if (want_dq)
-          gemm(queries, width, keys, {ds, 1, lanes}, k_rows + key * width, width, dq_acc, width, true);
+          gemm(queries, width, keys, {ds, 1, lanes}, k_rows + key * width, width, dq_acc, width,
+               true);
         if (want_dkv) {
-          gemm(keys, width, queries, {ds, lanes, 1}, q_rows, width, dk_acc + key * width, width, true);
+          gemm(keys, width, queries, {ds, lanes, 1}, q_rows, width, dk_acc + key * width, width,
+               true);
           if (dropout.active()) dropout.apply(p, lanes, keys, b * shape.H + h, query, key);
-          gemm(keys, width, queries, {p, lanes, 1}, do_rows, width, dv_acc + key * width, width, true);
+          gemm(keys, width, queries, {p, lanes, 1}, do_rows, width, dv_acc + key * width, width,
+               true);
         }
       }
       if (want_dq)
@@ -426,17 +438,23 @@ namespace gptfast {
 template <>
 struct FromPython<Heads> {
   using type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  static Heads get(type t) { return std::apply([](auto... field) { return Heads{field...}; }, t); }
+  static Heads get(type t) {
+    return std::apply([](auto... field) { return Heads{field...}; }, t);
+  }
 };
 template <>
 struct FromPython<AttentionShape> {
   using type = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-  static AttentionShape get(type t) { return std::apply([](auto... field) { return AttentionShape{field...}; }, t); }
+  static AttentionShape get(type t) {
+    return std::apply([](auto... field) { return AttentionShape{field...}; }, t);
+  }
 };
 template <>
 struct FromPython<AttentionOptions> {
   using type = std::tuple<bool, float, float, int64_t>;
-  static AttentionOptions get(type t) { return std::apply([](auto... field) { return AttentionOptions{field...}; }, t); }
+  static AttentionOptions get(type t) {
+    return std::apply([](auto... field) { return AttentionOptions{field...}; }, t);
+  }
 };
 }  // namespace gptfast
 void register_attention(pybind11::module_& m) {

@@ -1,25 +1,26 @@
-// Cross-entropy of each row of logits x (M rows, V columns) with its target class t, and its gradient.
+// Cross-entropy of each row of logits x (M rows, V columns) with its target class t,
+// and its gradient.
 //
 //   lse = log sum_c exp(x_c)
 //   loss = (1 - s) w_t (lse - x_t) + (s / V) sum_c w_c (lse - x_c)      s: label smoothing
-//   dx_c = g [ a exp(x_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c ]    g: the row's incoming gradient
+//   dx_c = g [ a exp(x_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c ]    g: the row's gradient
 //          a = (1 - s) w_t + (s / V) sum_c w_c
 //
-// w are the class weights, 1 where none are given. A row whose target is `ignore_index` has loss 0 and
-// gradient 0. Forward reads the logits once from memory: a running maximum and sum are updated chunk
-// by chunk, each chunk small enough to stay in the first-level cache. Backward reads and writes once.
+// w are the class weights, 1 where none are given. A row whose target is `ignore_index` has loss 0
+// and gradient 0. Forward reads the logits once from memory: a running maximum and sum are updated
+// chunk by chunk, each chunk small enough to stay in the first-level cache. Backward reads and
+// writes once.
 #include <cfloat>
 
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 
-// target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). Returns the first row whose target
-// is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
-DECLARE_KERNEL(cross_entropy_fwd,
-               int64_t(const void* x, const int64_t* target, const float* weight, float* loss,
-                       float* lse, int64_t M, int64_t V, int64_t ignore_index, float smoothing,
-                       DType dtype))
+// target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). Returns the first row whose
+// target is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
+DECLARE_KERNEL(cross_entropy_fwd, int64_t(const void* x, const int64_t* target, const float* weight,
+                                          float* loss, float* lse, int64_t M, int64_t V,
+                                          int64_t ignore_index, float smoothing, DType dtype))
 DECLARE_KERNEL(cross_entropy_bwd,
                void(const float* dloss, const void* x, const int64_t* target, const float* weight,
                     const float* lse, void* dx, int64_t M, int64_t V, int64_t ignore_index,
@@ -60,7 +61,8 @@ float log_sum_exp(const T* x, int64_t V) {
 }
 
 template <class T>
-float smoothing_loss(const T* x, const float* weight, float lse, int64_t V) {  // sum_c w_c (lse - x_c)
+float smoothing_loss(const T* x, const float* weight, float lse,
+                     int64_t V) {  // sum_c w_c (lse - x_c)
   f32v total{};
   for_each_vector(V, [&](int64_t c, auto part) {
     f32v term = lse - part.load(x + c);

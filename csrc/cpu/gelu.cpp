@@ -76,15 +76,16 @@ void gelu_fwd(const void* x, void* y, int64_t n, bool tanh_form, DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     (tanh_form ? forward<TanhForm, T> : forward<ErfForm, T>)(static_cast<const T*>(x),
-                                                            static_cast<T*>(y), n);
+                                                             static_cast<T*>(y), n);
   });
 }
 
 void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form, DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    (tanh_form ? backward<TanhForm, T> : backward<ErfForm, T>)(
-        static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), n);
+    (tanh_form ? backward<TanhForm, T> : backward<ErfForm, T>)(static_cast<const T*>(dy),
+                                                               static_cast<const T*>(x),
+                                                               static_cast<T*>(dx), n);
   });
 }
 

@@ -2,8 +2,8 @@
 //
 // Each csrc/cpu/<op>.cpp is compiled once per level. A kernel is declared with its signature,
 //     DECLARE_KERNEL(gelu_fwd, void(const void* x, void* y, int64_t n, DType dtype));
-// defined in namespace gptfast::GPTFAST_ISA, entered in its table with REGISTER_KERNEL(gelu_fwd) and
-// called as kernel_gelu_fwd(...), which picks the entry of the current level.
+// defined in namespace gptfast::GPTFAST_ISA, entered in its table with REGISTER_KERNEL(gelu_fwd)
+// and called as kernel_gelu_fwd(...), which picks the entry of the current level.
 #pragma once
 #include "../common/dtype.h"
 
@@ -46,20 +46,20 @@ static inline void with_dtype(DType dtype, const Body& body) {
 }  // namespace gptfast
 
 #ifdef GPTFAST_ISA
-#define DECLARE_KERNEL(name, ...)                 \
-  namespace gptfast {                             \
-  extern KernelTable<__VA_ARGS__> kernel_##name;  \
-  using signature_##name = __VA_ARGS__;           \
+#define DECLARE_KERNEL(name, ...)                \
+  namespace gptfast {                            \
+  extern KernelTable<__VA_ARGS__> kernel_##name; \
+  using signature_##name = __VA_ARGS__;          \
   }
 #ifdef GPTFAST_BASELINE
 #define DEFINE_TABLE(name) KernelTable<signature_##name> kernel_##name;
 #else
 #define DEFINE_TABLE(name)
 #endif
-#define REGISTER_KERNEL(name)                                                     \
-  namespace gptfast {                                                             \
-  DEFINE_TABLE(name)                                                              \
+#define REGISTER_KERNEL(name)                                                              \
+  namespace gptfast {                                                                      \
+  DEFINE_TABLE(name)                                                                       \
   static const KernelEntry<signature_##name> entry_##name(kernel_##name, Isa::GPTFAST_ISA, \
-                                                          &GPTFAST_ISA::name);    \
+                                                          &GPTFAST_ISA::name);             \
   }
 #endif

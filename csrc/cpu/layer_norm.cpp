@@ -7,8 +7,8 @@
 //
 // Forward reads x and writes y once (the second and third sweep over a row hit the first-level
 // cache). Backward reads dy and x once and writes dx once. dw and db are summed in two stages: each
-// block of rows into its own fp32 row of `partial`, then those rows in order, so the result does not
-// depend on the number of threads.
+// block of rows into its own fp32 row of `partial`, then those rows in order, so the result does
+// not depend on the number of threads.
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
@@ -29,7 +29,9 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;
 
-inline int64_t rows_per_thread(int64_t N) { return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1; }
+inline int64_t rows_per_thread(int64_t N) {
+  return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1;
+}
 
 template <class T>
 void forward(const T* x, const float* w, const float* b, T* y, float* mean, float* rstd, int64_t M,

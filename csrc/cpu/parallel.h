@@ -10,8 +10,8 @@
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-// Splits [0, n) into one contiguous piece per thread and calls body(begin, end) on each. A piece has
-// at least `grain` items: what is smaller than that stays on the calling thread.
+// Splits [0, n) into one contiguous piece per thread and calls body(begin, end) on each. A piece
+// has at least `grain` items: what is smaller than that stays on the calling thread.
 template <class Body>
 inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
   if (n <= 0) return;
@@ -29,8 +29,8 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
   }
 }
 
-// Hands out [0, n) one item at a time, for items of unequal cost. `flops` is the work of all of them:
-// what takes a few microseconds stays on the calling thread.
+// Hands out [0, n) one item at a time, for items of unequal cost. `flops` is the work of all of
+// them: what takes a few microseconds stays on the calling thread.
 template <class Body>
 inline void parallel_for_dynamic(int64_t n, int64_t flops, const Body& body) {
   constexpr int64_t kForkFlops = 500'000;

@@ -137,7 +137,7 @@ inline u16v to_bits(f32v v, f16) {
 #endif
 }
 
-// ---- Loads and stores: unaligned, and of the first n lanes only (the rest read as zero) ----------
+// ---- Loads and stores: unaligned, and of the first n lanes only (the rest read as zero) --------
 
 inline f32v load(const float* p) {
   f32v v;

@@ -13,9 +13,8 @@ void simd_exp(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, exp(part.load(x + i))); });
 }
 void simd_erfc(const float* x, float* y, int64_t n) {
-  for_each_vector(n, [&](int64_t i, auto part) {
-    part.store(y + i, erfc_nonnegative(part.load(x + i)));
-  });
+  for_each_vector(
+      n, [&](int64_t i, auto part) { part.store(y + i, erfc_nonnegative(part.load(x + i))); });
 }
 void simd_convert(const void* x, DType from, void* y, DType to, int64_t n) {
   with_dtype(from, [&](auto f) {

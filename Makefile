@@ -1,0 +1,57 @@
+# Every target sets up what it needs: the first `make` on a machine creates .venv, later ones reuse it.
+#   make PYTHON=/path/to/python3 ...   the interpreter of a new .venv (3.10 or newer)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMP := .venv/installed
+DEMO := out/make-demo
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# The first of these that is there; 3.11 is the one that CI runs.
+PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv: $(STAMP) ## .venv with pinned dependencies, and gptfast in it (editable; rebuilds C++ that changed)
+
+$(STAMP): requirements.txt pyproject.toml setup.py $(CPP)
+	@[ -n "$(PYTHON)" ] || { echo "gptfast needs Python 3.10 or newer: make PYTHON=..."; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --requirement requirements.txt
+	$(BIN)/python -m pip install --constraint requirements.txt --editable ".[test,lint]"
+	@touch $@
+
+demo: venv ## train a small GPT on Shakespeare, let it write, and time it against PyTorch
+	rm -rf $(DEMO)
+	$(BIN)/gptfast train --preset demo --out $(DEMO)
+	$(BIN)/gptfast generate --checkpoint $(DEMO) --prompt "MACBETH:"
+	$(BIN)/python benchmarks/run.py --quick
+
+test: venv ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv ## all tests
+	$(BIN)/python -m pytest
+
+bench: venv ## tokens per second against PyTorch
+	$(BIN)/python benchmarks/run.py
+
+lint: venv ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: venv ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean: ## remove what was built; .venv and what was trained (out/) stay
+	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
+	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help venv demo test test-slow bench lint format clean
