@@ -142,14 +142,22 @@ class Op:
     def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
         self.name = name
         self.implementations = implementations
+        self._candidates: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {}
         OPS[name] = self
 
     def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
         """Why `backend` cannot run this op on these arguments, or None; x decides the device."""
         if backend == "torch":
             return None
-        implementation = self.implementations.get(backend)
-        if implementation is None:
+        reason = self._why_never(backend, x)
+        if reason:
+            return reason
+        refuses = self.implementations[backend].why_not
+        return refuses(x, *args) if refuses else None
+
+    def _why_never(self, backend: str, x: torch.Tensor) -> str | None:
+        """The part of `why_not` that device and dtype decide."""
+        if backend not in self.implementations:
             return f"{self.name} has no {backend} kernel yet"
         reason = missing(backend)
         if reason:
@@ -159,7 +167,7 @@ class Op:
             return f"its tensors must be on {device}, got {x.device.type}"
         if x.dtype not in DTYPE_CODES:
             return f"its tensors must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}"
-        return implementation.why_not(x, *args) if implementation.why_not else None
+        return None
 
     def choose(self, x: torch.Tensor, *args: Any) -> Implementation:
         """The implementation that runs this call.
@@ -167,16 +175,21 @@ class Op:
         Raises:
             RuntimeError: a backend is forced and refuses.
         """
-        forced = forced_backend()
-        if forced is not None:
-            reason = self.why_not(forced, x, *args)
-            if reason:
-                raise RuntimeError(f"{self.name}: backend {forced!r} is forced, but {reason}")
-            return self.implementations[forced]
-        for backend in ORDER.get(x.device.type, ("torch",)):
-            if self.why_not(backend, x, *args) is None:
-                return self.implementations[backend]
-        return self.implementations["torch"]
+        wanted = _forced or _environment_backend()
+        key = (wanted, x.device.type, x.dtype)
+        candidates = self._candidates.get(key)
+        if candidates is None:  # what device and dtype decide is found out once
+            order = ORDER.get(x.device.type, ("torch",)) if wanted == "auto" else (wanted,)
+            candidates = tuple(
+                b for b in order if b == "torch" or self._why_never(b, x) is None
+            )
+            self._candidates[key] = candidates
+        for backend in candidates:
+            implementation = self.implementations[backend]
+            if implementation.why_not is None or implementation.why_not(x, *args) is None:
+                return implementation
+        reason = self.why_not(wanted, x, *args)
+        raise RuntimeError(f"{self.name}: backend {wanted!r} is forced, but {reason}")
 
 
 def interpreting(x: torch.Tensor) -> bool:

@@ -83,10 +83,12 @@ def _plain_eager(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    return all(
-        type(a) is torch.Tensor or type(a) is torch.nn.Parameter or not isinstance(a, torch.Tensor)
-        for a in args
-    )
+    for a in args:  # a generator expression would cost as much as all the rest
+        kind = type(a)
+        if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+            if isinstance(a, torch.Tensor):
+                return False
+    return True
 
 
 def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
