@@ -180,9 +180,7 @@ class Op:
         candidates = self._candidates.get(key)
         if candidates is None:  # what device and dtype decide is found out once
             order = ORDER.get(x.device.type, ("torch",)) if wanted == "auto" else (wanted,)
-            candidates = tuple(
-                b for b in order if b == "torch" or self._why_never(b, x) is None
-            )
+            candidates = tuple(b for b in order if b == "torch" or self._why_never(b, x) is None)
             self._candidates[key] = candidates
         for backend in candidates:
             implementation = self.implementations[backend]

@@ -1,0 +1,7 @@
+"""`python -m gptfast`."""
+
+import sys
+
+from gptfast.cli import main
+
+sys.exit(main())

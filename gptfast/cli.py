@@ -1,0 +1,250 @@
+"""The command line: `gptfast prepare`, `train`, `generate` and `doctor`.
+
+Errors that a user can cause end as one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import re
+import secrets
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg, subcommand
+
+from gptfast import checkpoint
+from gptfast._version import __version__
+from gptfast.backend import use_backend
+from gptfast.data import prepare
+from gptfast.generate import generate_text, pick_device
+from gptfast.train import PRESETS, TrainConfig, read_settings, train
+
+DEFAULT_PRESET = "shakespeare-char-cpu"
+DESCRIPTION = """Fused kernels for GPT models, and a complete GPT-2.
+
+A first run: gptfast train --preset demo
+
+--version prints the version; --debug, anywhere, shows the traceback of an error."""
+# What a user's arguments, files and machine can cause. Anything else is a bug: traceback.
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    ArithmeticError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    MemoryError,
+)
+
+
+@dataclass
+class Prepare:
+    """Turn a text into a folder of tokens for `gptfast train --data`."""
+
+    out: str
+    """Folder to make; a dataset that is there is replaced."""
+    file: Annotated[str | None, arg(metavar="FILE")] = None
+    """Text: a path, or tinyshakespeare (fetched once). None is nine packaged plays."""
+    tokenizer: Literal["char", "gpt2"] = "char"
+    """Tokens: the text's characters, or GPT-2's byte pairs."""
+    val_fraction: float = 0.1
+    """Last part of the text that is kept for validation."""
+
+    def run(self) -> int:
+        """Prepare the text and say what came of it."""
+        dataset = prepare(self.file, self.out, self.tokenizer, self.val_fraction)
+        print(
+            f"{self.out}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
+            f"validate, vocabulary of {dataset.vocab_size:,}"
+        )
+        print(f"train with: gptfast train --data {shlex.quote(self.out)}")
+        return 0
+
+
+@dataclass
+class Train:
+    """Train a GPT on a text."""
+
+    preset: Annotated[str, arg(metavar=f"{{{','.join(PRESETS)}}}")] = DEFAULT_PRESET
+    """Defaults of all other options: nanoGPT's for a CPU or a GPU, GPT-2, or a minute's demo."""
+    training: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+    def run(self) -> int:
+        """Train; the exit status of an interrupted run is 128 + the signal, as the shell's."""
+        result = train(self.training)
+        return 0 if result.interrupted is None else 128 + result.interrupted
+
+
+@dataclass
+class Generate:
+    """Continue a prompt with a trained model."""
+
+    checkpoint: str
+    """Folder of a run, whose best checkpoint is taken, or one step_* folder in it."""
+    prompt: str = ""
+    """Text to continue."""
+    max_new_tokens: int = 200
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Below 1 for likelier text, above for wilder text; 0 takes the likeliest token."""
+    greedy: FlagCreatePairsOff[bool] = False
+    """Same as --temperature 0."""
+    top_k: Annotated[int | None, arg(metavar="INT")] = None
+    """Draw from this many likeliest tokens. None: from all."""
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Draw from the likeliest tokens that together have this probability. None: from all."""
+    seed: Annotated[int | None, arg(metavar="INT")] = None
+    """The same seed gives the same text. None: a random one, which is printed."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """String that ends the text and is not printed; may be repeated."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    """Kernels of gptfast to use."""
+
+    def run(self) -> int:
+        """Print the prompt and what follows, and the speed on standard error."""
+        loaded = checkpoint.load(self.checkpoint, pick_device(self.device))
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        pieces = generate_text(
+            loaded.model,
+            loaded.tokenizer,
+            self.prompt,
+            self.max_new_tokens,
+            temperature=0.0 if self.greedy else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            generator=torch.Generator().manual_seed(seed),
+            stop=self.stop,
+        )
+        backend = use_backend(self.backend) if self.backend != "auto" else contextlib.nullcontext()
+        tokens = -1  # the last piece is no token
+        started = time.perf_counter()
+        with backend:
+            for piece in itertools.chain([self.prompt + next(pieces)], pieces):
+                print(piece, end="", flush=True)
+                tokens += 1
+        seconds = time.perf_counter() - started
+        print(flush=True)
+        print(
+            f"{tokens} tokens, {tokens / seconds:,.0f} tok/s, seed {seed}, {loaded.path}",
+            file=sys.stderr,
+        )
+        return 0
+
+
+@dataclass
+class Doctor:
+    """Show what this machine and this installation can do."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON instead of tables."""
+    selftest: FlagCreatePairsOff[bool] = False
+    """Also run every kernel against PyTorch."""
+
+    def run(self) -> int:
+        """Run the examination."""
+        from gptfast.doctor import doctor
+
+        return doctor(json=self.json, selftest=self.selftest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if args == ["--version"]:
+        print(f"gptfast {__version__}")
+        return 0
+    try:
+        return _parse(args).run()
+    except KeyboardInterrupt:
+        print("\ngptfast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read standard output has gone. Python must not complain of it when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a process that SIGPIPE ended
+    except USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"gptfast: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _parse(args: list[str]) -> Prepare | Train | Generate | Doctor:
+    """The command that the arguments ask for.
+
+    Raises:
+        ValueError: they ask for none.
+        SystemExit: they ask for help.
+    """
+    training = args[:1] == ["train"]
+    default = _train_defaults(args) if training else Train()
+    commands = (
+        Annotated[Prepare, subcommand("prepare")]
+        | Annotated[Train, subcommand("train", default=default)]
+        | Annotated[Generate, subcommand("generate")]
+        | Annotated[Doctor, subcommand("doctor")]
+    )
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(
+                commands,
+                prog="gptfast",
+                description=DESCRIPTION,
+                args=args,
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+    raise ValueError(_unboxed(boxed.getvalue()))
+
+
+def _train_defaults(args: list[str]) -> Train:
+    """A preset's settings, or with --resume those of the run itself."""
+    preset = _option("--preset", args)
+    config = TrainConfig.preset(preset or DEFAULT_PRESET)
+    if "--resume" in args and preset is None:
+        out = _option("--out", args) or config.out
+        run = read_settings(out)
+        config = dataclasses.replace(run or config, out=out, resume=False)  # the flag sets it
+    return Train(preset or DEFAULT_PRESET, config)
+
+
+def _option(name: str, args: list[str]) -> str | None:
+    """The value that an option has on the command line."""
+    value = None
+    for arg_, following in zip(args, [*args[1:], None], strict=True):
+        if arg_ == name:
+            value = following
+        elif arg_.startswith(f"{name}="):
+            value = arg_.removeprefix(f"{name}=")
+    return value
+
+
+def _unboxed(box: str) -> str:
+    """tyro's boxed message as one line: title, lines of the message, rule, lines of help."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    is_text = [bool(line.strip("─-╰╯")) for line in lines]
+    # Where standard output is not UTF-8, there is a rule below the title as well.
+    start = is_text.index(True) if True in is_text else 0
+    end = is_text.index(False, start) if False in is_text[start:] else len(lines)
+    message = re.sub(r" \.$", ".", " ".join(lines[start:end]))
+    return re.sub(r"^Error parsing __tyro\S+: ", "", message)  # a dataclass refused its values

@@ -1,0 +1,292 @@
+"""Generation: tokens and text from a model, one at a time, with a cache of keys and values.
+
+With logits z of the next token: p = softmax(z / temperature) over the top_k most likely tokens, cut
+to the smallest set of most likely tokens that has a mass of at least top_p; the token is drawn from
+p. Temperature 0 takes the most likely token.
+
+The cache holds block_size tokens. When it is full, it starts again from the last block_size // 2
+tokens: positions are absolute, so that keys cannot just move up, and to compute the whole window
+anew for every token would cost block_size times as much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+
+from gptfast.models import GPT
+from gptfast.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer
+
+__all__ = ["generate", "generate_text", "pick_device", "stream"]
+
+
+def stream(
+    model: GPT,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_tokens: Collection[int] = (),
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """Draw tokens one after another, each given those before it.
+
+    Args:
+        model: the model.
+        ids: T >= 1 tokens to continue; the model sees the last block_size of them.
+        max_new_tokens: how many to draw at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens; None keeps all.
+        top_p: keep the most likely tokens that together have this probability; None keeps all.
+        generator: random numbers, on the CPU or the model's device; None is the device's own.
+        stop_tokens: tokens that end the text; they are not returned.
+        vocab_size: tokens from here on are never drawn (a padded vocabulary); None allows all.
+
+    Returns:
+        An iterator of the new tokens. The model is in evaluation mode until it ends.
+
+    Raises:
+        ValueError: no ids, or an argument out of range.
+        IndexError: a token outside the vocabulary.
+    """
+    if not ids:
+        raise ValueError("stream: expected at least one token to continue, got none")
+    idx = torch.tensor([list(ids)], device=model.lm_head.weight.device)
+    _check(idx, max_new_tokens, temperature, top_k, top_p)
+    steps = _steps(model, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
+    return _until_stop(steps, stop_tokens)
+
+
+def generate(
+    model: GPT,
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Continue a batch of sequences of one length.
+
+    Args:
+        model: the model.
+        idx: (B, T) int64 tokens, on the model's device.
+        max_new_tokens: n, how many to draw for each.
+        temperature, top_k, top_p, generator, vocab_size: as in `stream`.
+
+    Returns:
+        (B, T + n): idx and the new tokens.
+
+    Raises:
+        ValueError: idx is not (B, T) or is empty, or an argument is out of range.
+        IndexError: a token outside the vocabulary.
+    """
+    _check(idx, max_new_tokens, temperature, top_k, top_p)
+    new = list(_steps(model, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size))
+    return torch.cat([idx, *new], dim=1)
+
+
+def generate_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Continue a text, piece by piece; the prompt is not repeated.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer. GPT-2's `<|endoftext|>` ends the text.
+        prompt: may be empty: the text then starts after `<|endoftext|>`, or with characters after a
+            newline (token 0 where there is none).
+        max_new_tokens: how many tokens to draw at most.
+        temperature, top_k, top_p, generator: as in `stream`.
+        stop: strings that end the text, wherever their characters come from; they are not returned.
+
+    Returns:
+        An iterator of pieces: one per token, empty while a character or what may become a stop
+        string is incomplete, and then the rest.
+
+    Raises:
+        ValueError: a character of the prompt is not in the vocabulary, an empty stop string, or an
+            argument out of range.
+    """
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"generate: stop must be strings that are not empty, got {stop!r}")
+    tokens = stream(
+        model,
+        tokenizer.encode(prompt) or [_start_token(tokenizer)],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        stop_tokens=(tokenizer.end_of_text,) if isinstance(tokenizer, GPT2Tokenizer) else (),
+        vocab_size=tokenizer.vocab_size,
+    )
+    return _text(tokens, tokenizer, stop)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: this machine, or this PyTorch, has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device {name!r} is not there: PyTorch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def _check(
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if idx.dim() != 2 or idx.numel() == 0:
+        raise ValueError(f"generate: idx must be (B, T) with tokens in it, got {tuple(idx.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+
+
+@torch.inference_mode()
+def _steps(
+    model: GPT,
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    vocab_size: int | None,
+) -> Iterator[torch.Tensor]:
+    """Yield (B, 1) new tokens, max_new_tokens times."""
+    block_size = model.config.block_size
+    seen = idx[:, -block_size:]
+    cache = model.new_cache(idx.shape[0])
+    with _evaluating(model):
+        for _ in range(max_new_tokens):
+            if cache.length == block_size:
+                cache.reset()
+                seen = seen[:, -max(1, block_size // 2) :]
+            logits, _ = model(seen[:, cache.length :], cache=cache)
+            token = _draw(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)
+            yield token
+            seen = torch.cat([seen, token], dim=1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _draw(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """(B, V) logits to (B, 1) tokens."""
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(-1, keepdim=True)
+    # float64, and the largest logit 0: no temperature above 0 overflows or underflows to 0 / 0.
+    z = logits.double()
+    z = (z - z.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < z.shape[-1]:
+        # By index and not by value, so that equal logits do not make it more than k.
+        values, tokens = z.topk(top_k, dim=-1)
+        z = torch.full_like(z, -math.inf).scatter(-1, tokens, values)
+    p = z.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_p, tokens = p.sort(-1, descending=True)
+        mass_before = sorted_p.cumsum(-1) - sorted_p
+        p = torch.zeros_like(p).scatter(-1, tokens, sorted_p * (mass_before < top_p))
+    if generator is not None:
+        p = p.to(generator.device)
+    return torch.multinomial(p, 1, generator=generator).to(logits.device)
+
+
+def _until_stop(steps: Iterator[torch.Tensor], stop_tokens: Collection[int]) -> Iterator[int]:
+    for step in steps:
+        token = int(step)
+        if token in stop_tokens:
+            return
+        yield token
+
+
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    decoder = StreamDecoder(tokenizer)
+    held = ""
+    for token in tokens:
+        held += decoder.push(token)
+        end = _first_stop(held, stop)
+        if end is not None:
+            yield held[:end]
+            return
+        ready = len(held) - _stop_prefix(held, stop)
+        yield held[:ready]
+        held = held[ready:]
+    held += decoder.flush()
+    yield held[: _first_stop(held, stop)]
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    return min((at for at in (text.find(s) for s in stop) if at >= 0), default=None)
+
+
+def _stop_prefix(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = max((len(s) - 1 for s in stop), default=0)
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return length
+    return 0
+
+
+def _start_token(tokenizer: Tokenizer) -> int:
+    if isinstance(tokenizer, GPT2Tokenizer):
+        return tokenizer.end_of_text
+    try:
+        return tokenizer.encode("\n")[0]
+    except ValueError:
+        return 0
