@@ -48,7 +48,8 @@ def gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n, TANH: tl.constexpr, BLOCK: tl.cons
     if TANH:
         # Beyond |x| = 10 the slope is 0 or 1: leaving x out there keeps x^2 from overflowing.
         c = tl.where(tl.abs(x) > 10, 0.0, x)
-        slope = phi + c * phi * (1 - phi) * (1 + c * c * THREE_CUBIC) * TWO_SQRT_2_OVER_PI
+        # 1 - Phi as Phi(-x): a subtraction would lose digits that the large factors bring back.
+        slope = phi + c * phi * _phi(-c, TANH) * (1 + c * c * THREE_CUBIC) * TWO_SQRT_2_OVER_PI
     else:
         c = tl.where(tl.abs(x) > 15, 0.0, x)
         slope = phi + c * tl.exp(-0.5 * x * x) * INV_SQRT_2PI

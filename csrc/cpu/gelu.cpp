@@ -39,9 +39,11 @@ struct TanhForm {
   static f32v slope(f32v x) {
     // Beyond |x| = 10 the slope is 0 or 1 to the last bit; clamping keeps x^2 from overflowing.
     const f32v c = min(set1(10.0f), max(set1(-10.0f), x));
-    const f32v s = sigmoid(2 * kSqrt2OverPi * (c + kCubic * c * c * c));
+    // s and 1 - s from one exponential: 1 - s by subtraction would lose digits that u' brings back.
+    const f32v e = exp(-2 * kSqrt2OverPi * (c + kCubic * c * c * c));
+    const f32v s = 1.0f / (1.0f + e);
     const f32v two_du = 2 * kSqrt2OverPi * (1.0f + 3 * kCubic * c * c);
-    return s + c * s * (1.0f - s) * two_du;
+    return s + c * s * (e * s) * two_du;
   }
 };
 

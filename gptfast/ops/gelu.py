@@ -33,7 +33,8 @@ def reference_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.
         # Beyond |x| = 10 the slope is 0 or 1; the clamp keeps x^2 from overflowing.
         c = xf.clamp(-10, 10)
         two_du = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
-        slope = phi + c * phi * (1 - phi) * two_du
+        # 1 - Phi as a sigmoid: a subtraction would lose digits that the large factors bring back.
+        slope = phi + c * phi * _phi(-c, "tanh") * two_du
     else:
         slope = phi + xf.clamp(-15, 15) * torch.exp(-0.5 * xf * xf) / math.sqrt(2 * math.pi)
     return (dy * slope).to(x.dtype)
