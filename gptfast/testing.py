@@ -129,15 +129,15 @@ def assert_close(
         AssertionError: naming the worst element.
     """
     if got.shape != exact.shape:
-        raise AssertionError(
-            f"{name}: shape must be {tuple(exact.shape)}, got {tuple(got.shape)}"
-        )
+        raise AssertionError(f"{name}: shape must be {tuple(exact.shape)}, got {tuple(got.shape)}")
     if exact.numel() == 0:
         return 0.0
     given, exact = got.detach().double(), exact.detach().double()
     rounded, theirs = exact.to(got.dtype).double(), peer.detach().to(got.dtype).double()
     finite = rounded.isfinite()
-    wrong = ~torch.where(finite, given.isfinite(), (given == rounded) | (given.isnan() & rounded.isnan()))
+    wrong = ~torch.where(
+        finite, given.isfinite(), (given == rounded) | (given.isnan() & rounded.isnan())
+    )
     if wrong.any():
         at = wrong.flatten().nonzero()[0, 0]
         raise AssertionError(
@@ -391,7 +391,9 @@ def _attention_cases() -> Iterator[Case]:
             yield Case("attention", (2, 6, H_kv, 33, 40, 8), options={"causal": causal})
             yield Case("attention", (2, 6, H_kv, 3, 40, 8), options={"causal": causal})
         for scale in (0.0, -0.3, 2.0):
-            yield Case("attention", (1, 2, 2, 40, 40, 8), options={"causal": causal, "scale": scale})
+            yield Case(
+                "attention", (1, 2, 2, 40, 40, 8), options={"causal": causal, "scale": scale}
+            )
         for p in (0.1, 0.5, 0.999):
             for shape in ((2, 4, 2, 70, 90, 16), (1, 2, 2, 2, 40, 16)):
                 yield Case("attention", shape, options={"causal": causal, "dropout_p": p})
@@ -573,7 +575,10 @@ def _cross_entropy_magnitudes(
         g, result = dloss.reshape(-1), Magnitude(terms.view(shape), moves.view(shape), V)
     else:
         count = (w[t] * counted).sum() if reduction == "mean" else torch.ones(()).to(x)
-        g, result = (dloss / count).expand(M), Magnitude(terms.sum() / count, moves.sum() / count, M + V)
+        g, result = (
+            (dloss / count).expand(M),
+            Magnitude(terms.sum() / count, moves.sum() / count, M + V),
+        )
     g = torch.where(counted, g, 0).abs().unsqueeze(-1)
     share = (hit + spread).sum(-1, keepdim=True) * p
     dx = Magnitude(
@@ -645,7 +650,9 @@ def _attention_magnitudes(i: Inputs, do: torch.Tensor, options: Options) -> dict
     z = _attention_factors(i, options, q.dtype) if options.get("dropout_p") else 1.0
     q, k, v, scale = q.abs(), k.abs(), v.abs(), abs(scale)
     size = q @ k.mT * scale  # of the terms of a score
-    moves = size + (p * size).sum(-1, keepdim=True) + lse.abs()  # p moves by u times this, relatively
+    moves = (
+        size + (p * size).sum(-1, keepdim=True) + lse.abs()
+    )  # p moves by u times this, relatively
     pz = p * z
     o, o_moves = pz @ v, (pz * moves) @ v
     delta, delta_moves = ((do * x).sum(-1, keepdim=True) for x in (o, o_moves))
@@ -745,7 +752,9 @@ class Problem:
             results = _differentiate(call or row.call, self.inputs, self.case, lambda _: self.dy)
         for x, memory in zip(given, before, strict=True):
             if not torch.equal(_bytes(x), memory):
-                raise AssertionError(f"{self.case}: an input or dy of {tuple(x.shape)} was written to")
+                raise AssertionError(
+                    f"{self.case}: an input or dy of {tuple(x.shape)} was written to"
+                )
         return results
 
     def judge(self, results: Mapping[str, torch.Tensor]) -> dict[str, float]:

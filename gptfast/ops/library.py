@@ -106,15 +106,19 @@ def _autograd_function(
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         output = implementation(*args) if keyset is None else _below_autograd(op, keyset, args)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # no zeros for statistics, which have no gradient
+        ctx.inputs = 1 + len(args)
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
 
+    def run_backward(ctx: Any, grad: torch.Tensor | None, *grads: Any) -> Any:
+        return (None,) * ctx.inputs if grad is None else backward(ctx, grad, *grads)
+
     return type(
         f"{op._opname}_autograd",
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        {"forward": staticmethod(forward), "backward": staticmethod(run_backward)},
     )
 
 
