@@ -1,8 +1,8 @@
 """The shared harness of tests and benchmarks: cases, exact results, tolerances.
 
 A test is a row of data. `CASES` names kinds of input (shape, values, memory layout, options); `OPS`
-says for each op how inputs are made, how gptfast is called, which call of PyTorch is its peer and what
-its rounding errors are proportional to.
+says for each op how inputs are made, how gptfast is called, which call of PyTorch is its peer and
+what its rounding errors are proportional to.
 
     run_case(case, backend, dtype)
 
@@ -31,7 +31,7 @@ from gptfast.ops import attention, cross_entropy, gelu, layer_norm
 from gptfast.ops.attention import dropout_factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Inputs = Mapping[str, torch.Tensor | None]  # by argument name; None: an optional one is absent
+Inputs = Mapping[str, Any]  # tensors by argument name; None: an optional one is absent
 Options = Mapping[str, Any]
 
 # ---- Tolerances ----------------------------------------------------------------------------------
@@ -41,7 +41,8 @@ class Magnitude(NamedTuple):
     """What the rounding errors of one result are proportional to, element by element, in fp64.
 
     terms: sum of the absolute values of what the element is the sum of.
-    condition: how far those terms move, in units of u, when every intermediate they are made from (a
+    condition: how far those terms move, in units of u, when every intermediate they are made
+        from (a
         mean, a score, a log-sum-exp) moves by u times its own terms.
     length: the longest sum on the way.
     """
@@ -51,7 +52,8 @@ class Magnitude(NamedTuple):
     length: int
 
 
-# exp may flush what is below 2^-126. Added to a probability among the terms, this allows u32 times that.
+# exp may flush what is below 2^-126. Added to a probability among the terms, this allows u32 times
+# that.
 UNDERFLOW = 2.0**-102
 
 
@@ -79,7 +81,8 @@ def rounding_bound(
        products, an exp, a division. `condition` passes on what intermediates lost. Proportional to
        the *terms*, the bound forgives cancellation and nothing else: an element that does not
        cancel is held to a few ulp however small it is, which no norm over the tensor can do.
-    3. Only with `storage`: matrix units take operands of that dtype; attention rounds p and ds once.
+    3. Only with `storage`: matrix units take operands of that dtype; attention rounds p and ds
+       once.
     4. fp32 below 2^-126 may be flushed; fp16 has steps of 2^-24 there.
 
     The probability in 2 is that of independent errors. With `equal_terms` every addition of a sum
@@ -100,26 +103,24 @@ def assert_close(
     got: torch.Tensor,
     peer: torch.Tensor,
     exact: torch.Tensor,
-    bound: torch.Tensor | None = None,
+    bound: torch.Tensor,
     factor: float = 2.0,
 ) -> float:
     """Judge `got` by error(got) <= factor * error(peer) + bound, element by element.
 
     error(peer) must not excuse one element by another. It counts only where the peer itself exceeds
-    the bound, as the smaller of two norms: its largest excess, and its largest excess in units of the
-    bound, times the element's bound. The first keeps a peer that is poor on small elements (GELU's tail
-    as 1 + tanh) from excusing them, the second one that is poor on large elements. This is stricter
-    than the plain rule with either norm.
+    the bound, as the smaller of two norms: its largest excess, and its largest excess in units of
+    the bound, times the element's bound. The first keeps a peer that is poor on small elements
+    (GELU's tail as 1 + tanh) from excusing them, the second one that is poor on large elements.
+    This is stricter than the plain rule with either norm.
 
     Args:
         name: what is judged, for the message.
         got: the result.
         peer: PyTorch's result; it is rounded to got's dtype first.
-        exact: the fp64 result. got must be NaN exactly where it is, and infinite exactly where it is
-            infinite in got's dtype.
-        bound: from `rounding_bound`. None, for results of whole models, whose terms are not at hand:
-            one rounding, and 16 u32 of the root mean square along the last dimension, since a matrix
-            product's error is proportional to the norms of its operands' rows.
+        exact: the fp64 result. got must be NaN exactly where it is, and infinite exactly where it
+            is infinite in got's dtype.
+        bound: from `rounding_bound`.
         factor: 2 for results, 3 for gradients.
 
     Returns:
@@ -141,14 +142,11 @@ def assert_close(
     if wrong.any():
         at = wrong.flatten().nonzero()[0, 0]
         raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ in being NaN or infinite; "
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ in being NaN or "
+            "infinite; "
             f"first at {_position(at, got.shape)}: got {given.flatten()[at]:g}, "
             f"exact {exact.flatten()[at]:g}"
         )
-    if bound is None:
-        rms = exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else exact.abs()
-        bound = rounding_bound(exact, Magnitude(4 * rms, exact.abs(), 0), got.dtype, None)
-
     error = torch.where(finite, (given - exact).abs(), 0)
     excess = torch.where(finite & theirs.isfinite(), (theirs - exact).abs() - bound, 0).clamp(min=0)
     weighted = torch.where(finite, excess / bound, 0).max()
@@ -166,6 +164,26 @@ def assert_close(
             f"torch's error there {abs(theirs - exact).flatten()[worst]:.3g})"
         )
     return float(ratio[worst])
+
+
+def assert_close_in_norm(
+    name: str, got: torch.Tensor, peer: torch.Tensor, exact: torch.Tensor
+) -> None:
+    """Judge what many ops made: error(got) <= 3 error(peer) + 4 u |exact|.
+
+    Errors and |exact| are root mean squares over the tensor, u is the rounding of got's dtype.
+    `got` and `peer` do the same sums in other orders, so their errors have the same size; 4 u are a
+    few roundings, for where the peer happens to be exact.
+
+    Raises:
+        AssertionError: naming the tensor, its error and the peer's.
+    """
+    error, theirs = ((x.detach().double() - exact).norm() for x in (got, peer))
+    allowed = 3 * theirs + 4 * unit_roundoff(got.dtype) * exact.norm()
+    if not error <= allowed:
+        raise AssertionError(
+            f"{name}: error {error:.3g}, allowed {allowed:.3g}, torch's {theirs:.3g}"
+        )
 
 
 def _position(flat: int | torch.Tensor, shape: torch.Size) -> tuple[int, ...]:
@@ -223,9 +241,9 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     """The values of `x` in another memory layout; what lies between them in memory is NaN.
 
     transposed: dimensions in reverse order. sliced: rows with a gap behind them, from an unaligned
-    address on. strided: every second element of the last dimension. expanded: stride 0 along the last
-    dimension but one (the values change: its first slice repeats). scalar: every stride 0, one value
-    for all elements, which is what `.sum().backward()` hands on.
+    address on. strided: every second element of the last dimension. expanded: stride 0 along the
+    last dimension but one (the values change: its first slice repeats). scalar: every stride 0, one
+    value for all elements, which is what `.sum().backward()` hands on.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"lay_out: layout must be one of {LAYOUTS}, got {layout!r}")
@@ -626,7 +644,8 @@ def _attention_peer(i: Inputs, options: Options) -> torch.Tensor:
     mask = _attention_mask(q.shape[2], k.shape[2], q.device) if causal else None
     if not options.get("dropout_p"):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-    # PyTorch draws other masks, so its product of softmax and factors is spelled out, in fp32 at least.
+    # PyTorch draws other masks, so its product of softmax and factors is spelled out, in fp32 at
+    # least.
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -762,7 +781,7 @@ class Problem:
         ratios = {}
         for name, exact in self.exact.items():
             got, what = results[name], name if name == "result" else f"gradient of {name}"
-            expected = self.result_dtype if name == "result" else self.inputs[name].dtype  # type: ignore[union-attr]
+            expected = self.result_dtype if name == "result" else self.inputs[name].dtype
             title = f"{self.case}, {backends.dtype_name(self.dtype)}, {what}"
             if got.dtype != expected:
                 raise AssertionError(f"{title}: dtype must be {expected}, got {got.dtype}")
@@ -779,7 +798,7 @@ class Problem:
 
 
 def make_problem(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
-    """Random inputs for a case, always the same ones, with exact results, peer's results and bounds.
+    """Random inputs for a case (always the same), exact results, the peer's results and bounds.
 
     Exact is the peer in fp64 on the inputs as rounded to `dtype`. The peer runs in `dtype` where
     kernels may multiply in it, otherwise in fp32; see `OpRow`.
@@ -811,7 +830,7 @@ def make_problem(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem
     magnitudes = row.magnitudes(wide, given.double(), case.options)
     bounds = {}
     for name in exact:
-        own = result_dtype if name == "result" else inputs[name].dtype  # type: ignore[union-attr]
+        own = result_dtype if name == "result" else inputs[name].dtype
         storage = dtype if row.matrix_units else None
         equal = case.values == "constant"
         bounds[name] = rounding_bound(exact[name], magnitudes[name], own, storage, equal)
@@ -922,6 +941,6 @@ def gradcheck(case: Case) -> None:
     def function(*leaves: torch.Tensor) -> torch.Tensor:
         return row.call({**inputs, **dict(zip(names, leaves, strict=True))}, case.options)
 
-    leaves = [inputs[name].clone().requires_grad_() for name in names]  # type: ignore[union-attr]
+    leaves = [inputs[name].clone().requires_grad_() for name in names]
     with gptfast.use_backend("torch"):
         torch.autograd.gradcheck(function, leaves)

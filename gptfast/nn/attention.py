@@ -11,6 +11,8 @@ from gptfast.ops import attention
 class KVCache:
     """Keys and values of the tokens seen so far, for every layer; room for `max_length` of them.
 
+    For inference: no gradient flows through a cache.
+
     Args:
         n_layer, batch_size, n_kv_head, max_length, head_dim: sizes.
         dtype, device: of the keys and values.
@@ -41,9 +43,10 @@ class KVCache:
         start, end = self.length, self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"KVCache: room for {self.max_length} tokens, got {end}")
-        keys, values = self.data[layer]
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
+        keys, values = self.data[layer, 0], self.data[layer, 1]
+        with torch.no_grad():
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, tokens: int) -> None:
