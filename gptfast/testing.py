@@ -41,9 +41,8 @@ class Magnitude(NamedTuple):
     """What the rounding errors of one result are proportional to, element by element, in fp64.
 
     terms: sum of the absolute values of what the element is the sum of.
-    condition: how far those terms move, in units of u, when every intermediate they are made
-        from (a
-        mean, a score, a log-sum-exp) moves by u times its own terms.
+    condition: how far those terms move, in units of u, when every intermediate they are made from
+        (a mean, a score, a log-sum-exp) moves by u times its own terms.
     length: the longest sum on the way.
     """
 
@@ -143,8 +142,7 @@ def assert_close(
         at = wrong.flatten().nonzero()[0, 0]
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ in being NaN or "
-            "infinite; "
-            f"first at {_position(at, got.shape)}: got {given.flatten()[at]:g}, "
+            f"infinite; first at {_position(at, got.shape)}: got {given.flatten()[at]:g}, "
             f"exact {exact.flatten()[at]:g}"
         )
     error = torch.where(finite, (given - exact).abs(), 0)
@@ -657,7 +655,7 @@ def _attention_peer(i: Inputs, options: Options) -> torch.Tensor:
 
 def _attention_magnitudes(i: Inputs, do: torch.Tensor, options: Options) -> dict[str, Magnitude]:
     q, do = i["q"], do.abs()
-    (B, H, T, D), H_kv, S = q.shape, i["k"].shape[1], i["k"].shape[2]
+    (_, H, T, D), H_kv, S = q.shape, i["k"].shape[1], i["k"].shape[2]
     k, v = (i[name].repeat_interleave(H // H_kv, 1) for name in ("k", "v"))
     scale = options.get("scale")
     scale = 1 / math.sqrt(D) if scale is None else scale
@@ -872,7 +870,7 @@ def _differentiate(
     dy: Callable[[torch.Size], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     names = [name for name in OPS[case.op].gradients if inputs[name] is not None]
-    leaves = {
+    leaves: dict[str, Any] = {
         name: x if x is None else x.detach().requires_grad_(name in names)
         for name, x in inputs.items()
     }

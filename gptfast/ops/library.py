@@ -85,9 +85,9 @@ def _plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     for a in args:  # a generator expression would cost as much as all the rest
         kind = type(a)
-        if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-            if isinstance(a, torch.Tensor):
-                return False
+        plain = kind is torch.Tensor or kind is torch.nn.Parameter
+        if not plain and isinstance(a, torch.Tensor):
+            return False
     return True
 
 
