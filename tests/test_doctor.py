@@ -32,6 +32,8 @@ def without_extension(monkeypatch):
     monkeypatch.delattr(gptfast, "_C", raising=False)
     for cached in caches:
         cached.cache_clear()
+    for op in backend.OPS.values():  # what each has found out about its backends
+        monkeypatch.setattr(op, "_candidates", {})
     yield
     for cached in caches:
         cached.cache_clear()
