@@ -211,12 +211,13 @@ def _steps(
 
 @contextlib.contextmanager
 def _evaluating(model: GPT) -> Iterator[None]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _draw(

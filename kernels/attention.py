@@ -409,7 +409,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _constants(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import gptfast
 from gptfast import backend, testing
 from gptfast.backend import OPS
-from gptfast.ops.attention import dropout_factors
+from gptfast.ops.attention import dropout_factors, dropout_threshold
 from gptfast.testing import CASES, DTYPES, Case, run_case, tail_case
 
 C = backend.extension()
@@ -25,6 +26,18 @@ EXAMPLES = {  # one plain case per op
 }
 
 
+PROBLEMS: dict[tuple[str, torch.dtype, str], testing.Problem] = {}
+
+
+def problem_for(case, dtype, device="cpu"):
+    """`make_problem`, remembering the last one: a case's places are tested one after another."""
+    key = (str(case), dtype, device)
+    if key not in PROBLEMS:
+        PROBLEMS.clear()
+        PROBLEMS[key] = testing.make_problem(case, dtype, device)
+    return PROBLEMS[key]
+
+
 def names(values):
     return [str(v).removeprefix("torch.") for v in values]
 
@@ -33,46 +46,86 @@ def test_every_op_has_an_example():
     assert EXAMPLES.keys() == OPS.keys() == testing.OPS.keys()
 
 
+def test_the_extension_is_built():
+    assert backend.missing("cpu") is None
+
+
+def test_cases_have_different_names():
+    assert len(set(names(CASES))) == len(CASES)
+
+
 # ---- Values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
-@pytest.mark.parametrize("name", ["torch", "cpu"])
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
-def test_case(case, name, dtype):
-    run_case(case, name, dtype)
+def test_case(case, dtype, place):
+    problem = problem_for(case, dtype, place.device)
+    problem.judge(problem.run(place.backend))
 
 
+@pytest.mark.parametrize("n", range(1, 66))
 @pytest.mark.parametrize("op", OPS)
-def test_case_on_every_simd_level(op, isa):
-    for case in (case for case in CASES if case.op == op):
-        for dtype in DTYPES:
-            run_case(case, "cpu", dtype)
+def test_tail(op, n, place):
+    for dtype in DTYPES:
+        run_case(tail_case(op, n), place.backend, dtype, place.device)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_every_tail_on_every_simd_level(op, isa):
-    for n in range(1, 66):
-        for dtype in DTYPES:
-            run_case(tail_case(op, n), "cpu", dtype)
+@pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_of_infinity(approximate, dtype, place):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype, device=place.device)
+    x.requires_grad_()
+    with gptfast.use_backend(place.backend):
+        y = gptfast.gelu(x, approximate)
+        (dx,) = torch.autograd.grad(y, x, torch.full_like(x, 0.5))
+    # In fp64: PyTorch's fp32 kernel says NaN for the erf form of infinity.
+    exact = F.gelu(x.double(), approximate=approximate)
+    torch.testing.assert_close(y.double(), exact, equal_nan=True)
+    # PyTorch's gradient is NaN; ours is the limit.
+    assert dx[:2].tolist() == pytest.approx([0.5, 0], abs=1e-30)
+    assert dx[2].isnan()
 
 
-@pytest.mark.parametrize("case", EXAMPLES.values(), ids=str)
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_keeps_its_digits_in_the_negative_tail(approximate, isa):
+    # PyTorch's 1 + tanh and 1 + erf have none left below x = -6, even in fp64: hence not a `Case`.
+    x = torch.linspace(-13 if approximate == "none" else -9.5, -1, 5001)
+    wide = x.double()
+    if approximate == "tanh":
+        exponent = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        exact, roundings = wide * torch.sigmoid(exponent), 3
+    else:  # of (x / sqrt 2)^2: the factor and the product, each squared, and the square
+        exponent = -wide.square() / 2
+        exact, roundings = wide * torch.special.erfc(-wide * math.sqrt(0.5)) / 2, 5
+    y = gptfast.gelu(x, approximate).double()
+    # An exponent z that is off by k u z moves exp(z) by as much, relatively; 8 u for the rest.
+    bound = 2.0**-24 * (8 + roundings * exponent.abs()) * exact.abs()
+    assert ((y - exact).abs() <= bound).all()
+
+
+GRADCHECKS = [
+    Case("layer_norm", (4, 6)),
+    Case("layer_norm", (6,)),
+    Case("layer_norm", (2, 3, 5), options={"weight": None, "bias": None}),
+    Case("gelu", (3, 5), options={"approximate": "none"}),
+    Case("gelu", (3, 5), options={"approximate": "tanh"}),
+    Case("cross_entropy", (5, 7)),
+    Case(
+        "cross_entropy",
+        (5, 7),
+        options={"reduction": "none", "weight": True, "label_smoothing": 0.2, "ignored": 0.3},
+    ),
+    Case("cross_entropy", (5, 7), options={"reduction": "sum", "ignored": 0.3}),
+    Case("attention", (2, 4, 2, 6, 9, 3)),
+    Case("attention", (1, 4, 2, 9, 6, 3), options={"causal": True}),
+    Case("attention", (1, 4, 2, 6, 9, 3), options={"causal": True, "dropout_p": 0.4}),
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECKS, ids=str)
 def test_gradcheck_of_the_reference(case):
     testing.gradcheck(case)
-
-
-def test_gradcheck_of_the_reference_with_options():
-    for options in ({"approximate": "none"}, {"approximate": "tanh"}):
-        testing.gradcheck(Case("gelu", (3, 5), options=options))
-    for options in (
-        {"reduction": "none", "weight": True, "label_smoothing": 0.2, "ignored": 0.3},
-        {"reduction": "sum", "ignored": 0.3},
-    ):
-        testing.gradcheck(Case("cross_entropy", (5, 7), options=options))
-    for options in ({"causal": False}, {"causal": True, "dropout_p": 0.4}):
-        testing.gradcheck(Case("attention", (1, 4, 2, 6, 9, 3), options=options))
-    testing.gradcheck(Case("layer_norm", (4, 6), options={"weight": None, "bias": None}))
 
 
 # ---- Registration --------------------------------------------------------------------------------
@@ -93,6 +146,35 @@ def test_compiles_without_a_graph_break(case):
     torch._dynamo.reset()
     compiled = torch.compile(testing.OPS[case.op].call, fullgraph=True, backend="aot_eager")
     problem.judge(problem.run("auto", call=compiled, poison=False))
+
+
+@pytest.mark.parametrize("case", EXAMPLES.values(), ids=str)
+def test_exports(case):
+    class Module(torch.nn.Module):
+        def forward(self, inputs):
+            return testing.OPS[case.op].call(inputs, case.options)
+
+    inputs = testing.make_problem(case, torch.float32).inputs
+    exported = torch.export.export(Module(), (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), Module()(inputs))
+
+
+def test_compiles_with_inductor():
+    x, w = torch.randn(6, 32), torch.randn(32)
+    target = torch.randint(32, (6,))
+
+    def function(x, w):
+        y = gptfast.gelu(gptfast.layer_norm(x, w))
+        q = y.view(1, 6, 4, 8).transpose(1, 2)
+        o = gptfast.attention(q, q, q, causal=True)
+        return gptfast.cross_entropy(o.transpose(1, 2).reshape(6, 32), target)
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        loss = call(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
 
 
 def test_autocast_casts_attention_and_leaves_the_others():
@@ -162,12 +244,32 @@ def test_bits_do_not_depend_on_threads_or_runs(op, dtype):
 def test_dropout_mask_is_the_same_on_every_backend(isa):
     T, S, p, seed, head = 70, 45, 0.3, 2**62 + 12345, 7
     keep = torch.zeros(T, S, dtype=torch.uint8)
-    C.attention_dropout_mask(keep.data_ptr(), head, (1, 8, 8, T, S, 16), (False, 1.0, p, seed))
+    C.attention_dropout_mask(
+        keep.data_ptr(), head, (1, 8, 8, T, S, 16), (False, 1.0, dropout_threshold(p), seed)
+    )
     i, j = torch.arange(T)[:, None], torch.arange(S)
     z = dropout_factors(torch.tensor(seed), torch.tensor(head), i, j, p, torch.float64)
     assert torch.equal(keep.bool(), z != 0)
     kept = z[z != 0]
     assert torch.equal(kept, torch.full_like(kept, 65536 / round(0.7 * 65536)))
+
+
+@pytest.mark.parametrize("p", [0.5422286988830567, 0.09999847427368169, 1e-6, 0.999999])
+def test_dropout_threshold_is_the_same_on_every_backend(p):
+    # (1 - p) 2^16 of the first two is 1e-5 below k + 1/2, on the other side of it in fp32.
+    T, S, seed = 64, 512, 5
+    keep = torch.zeros(T, S, dtype=torch.uint8)
+    C.attention_dropout_mask(
+        keep.data_ptr(), 0, (1, 1, 1, T, S, 16), (False, 1.0, dropout_threshold(p), seed)
+    )
+    i, j = torch.arange(T)[:, None], torch.arange(S)
+    z = dropout_factors(torch.tensor(seed), torch.tensor(0), i, j, p, torch.float64)
+    assert torch.equal(keep.bool(), z != 0)
+    # With values of one, attention returns the factors' mean: the sum of what was kept, scaled.
+    q = torch.zeros(1, 1, T, 8)
+    k, v = torch.zeros(1, 1, S, 8), torch.ones(1, 1, S, 8)
+    o = gptfast.attention(q, k, v, dropout_p=p, seed=torch.tensor(seed))
+    torch.testing.assert_close(o[0, 0, :, 0].double(), z.mean(-1), rtol=1e-6, atol=0)
 
 
 def test_dropout_rate_and_independence():
@@ -344,37 +446,157 @@ def test_the_first_target_out_of_range_is_named(name, bad):
 # ---- The checks themselves -----------------------------------------------------------------------
 
 
+def memory_of(x):
+    """The elements of a result in the order in which they lie in memory."""
+    return (x if x.is_contiguous() else x.transpose(1, 2)).view(-1)
+
+
+def plant_small(x, args):
+    flat = memory_of(x)
+    flat[(flat.abs() - flat.abs().median()).abs().argmin()] *= 1.001
+
+
+def plant_missing(x, args):
+    memory_of(x)[3] = 0
+
+
+def plant_scaled(x, args):
+    x *= 1 + 1e-4
+
+
+def plant_unwritten(x, args):
+    memory_of(x)[3] = torch.empty(1)[0]
+
+
+def plant_overrun(x, args):
+    x.as_strided((1,), (1,), x.storage_offset() + x.numel()).fill_(0)
+
+
+def plant_in_input(x, args):  # the first argument is an incoming gradient, the second a tensor
+    args[1].view(-1)[0] += 1
+
+
+FAULTS = {
+    plant_small: "gradient of",
+    plant_missing: "gradient of",
+    plant_scaled: "gradient of",
+    plant_unwritten: "NaN or infinite",
+    plant_overrun: "wrote outside the tensor",
+    plant_in_input: "was written to",
+}
+
+
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("fault", ["one element off", "scaled", "not written"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_planted_fault_is_found(op, fault, monkeypatch):
     right = OPS[op].implementations["cpu"]
 
     def wrong(*args):
         outputs = right.bwd(*args)
-        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        flat = first.view(-1) if first.is_contiguous() else first.transpose(1, 2).view(-1)
-        if fault == "one element off":
-            flat[3] += 1e-3 * flat.abs().max()
-        elif fault == "scaled":
-            flat *= 1 + 1e-4
-        else:
-            flat[3] = torch.empty(1)[0]
+        fault(outputs if isinstance(outputs, torch.Tensor) else outputs[0], args)
         return outputs
 
     planted = backend.Implementation(right.fwd, wrong)
     monkeypatch.setitem(OPS[op].implementations, "cpu", planted)
-    with pytest.raises(AssertionError, match=rf"{op}.*gradient of"):
+    with pytest.raises(AssertionError, match=FAULTS[fault]):
         run_case(EXAMPLES[op], "cpu")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_planted_fault_in_forward_is_found(op, monkeypatch):
+    right = OPS[op].implementations["cpu"]
+
+    def wrong(*args):
+        outputs = right.fwd(*args)
+        plant_small(outputs if isinstance(outputs, torch.Tensor) else outputs[0], args)
+        return outputs
+
+    monkeypatch.setitem(OPS[op].implementations, "cpu", backend.Implementation(wrong, right.bwd))
+    case = EXAMPLES[op]
+    if op == "cross_entropy":  # of a mean of nine, one part in a thousand of one row is a ninth
+        case = Case(op, (9, 37), options={"reduction": "none"})
+    with pytest.raises(AssertionError, match="result"):
+        run_case(case, "cpu")
+
+
+def test_an_error_message_says_what_is_wrong():
+    exact = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    got = exact.float().clone()
+    got[1, 0] = 3.1
+    expected = (
+        r"name: 1 of 4 elements are wrong; worst at \(1, 0\): got 3.0999\d+, exact 3, error 0.1"
+    )
+    with pytest.raises(AssertionError, match=expected):
+        testing.assert_close("name", got, exact, exact, 1e-6 * exact)
+    got[1, 0] = torch.nan
+    with pytest.raises(AssertionError, match=r"1 of 4 elements differ in being NaN.*\(1, 0\)"):
+        testing.assert_close("name", got, exact, exact, 1e-6 * exact)
+
+
+def test_a_poor_peer_excuses_no_small_element():
+    exact = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+    got = torch.tensor([1.0, 1.01e-6])
+    bound = 2.0**-22 * exact
+    for peer in ([1 + 1e-6, 1e-6], [1.0, 1e-6]):
+        with pytest.raises(AssertionError):
+            testing.assert_close("", got, torch.tensor(peer), exact, bound)
+    testing.assert_close(
+        "", torch.tensor([1 + 1.5e-6, 1e-6]), torch.tensor([1 + 1e-6, 1e-6]), exact, bound
+    )
+
+
+# ---- Offsets beyond 32 bits: 13 GiB --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many():
+    """More than 2^31 elements, zero but for the last."""
+    x = torch.zeros(2**31 + 2**12, dtype=torch.bfloat16)
+    x[-5:] = torch.tensor([1.0, -2.0, 3.0, 0.5, -0.1])
+    return x
+
+
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements():
-    n = 2**31 + 17
-    x = torch.zeros(n, dtype=torch.bfloat16)
-    x[-3:] = torch.tensor([1.0, -2.0, 3.0])
-    y = gptfast.gelu(x)
-    assert torch.equal(y[-3:], F.gelu(x[-3:], approximate="tanh"))
+def test_offsets_gelu(many):
+    last = many[-5:].clone().requires_grad_()
+    y = F.gelu(last, approximate="tanh")
+    assert torch.equal(gptfast.gelu(many)[-5:], y)
+    dx = torch.ops.gptfast.gelu_bwd(many, many, "tanh")[-5:]
+    (expected,) = torch.autograd.grad(y, last, last)
+    torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.slow
+def test_offsets_layer_norm(many):
+    x = many.view(-1, 2**12)
+    last = x[-1:].clone().requires_grad_()
+    y, mean, rstd = torch.ops.gptfast.layer_norm_fwd(x, None, None, 1e-5)
+    expected = F.layer_norm(last, (2**12,))
+    torch.testing.assert_close(y[-1:], expected)
     del y
-    rows = gptfast.layer_norm(x[: 2**31].view(-1, 2**11))
-    expected = F.layer_norm(x[2**31 - 2**11 : 2**31], (2**11,))
-    assert torch.equal(rows[-1], expected)
+    dx, _, db = torch.ops.gptfast.layer_norm_bwd(x, x, None, mean, rstd, [True, True, True])
+    torch.testing.assert_close(dx[-1:], torch.autograd.grad(expected, last, last)[0])
+    assert torch.equal(db, last[0].float())
+
+
+@pytest.mark.slow
+def test_offsets_cross_entropy(many):
+    V = 2**12
+    x, target = many.view(-1, V), torch.full((many.numel() // V,), V - 3)
+    loss, lse = torch.ops.gptfast.cross_entropy_fwd(x, target, None, -100, 0.0)
+    last = x[-1:].float().requires_grad_()
+    expected = F.cross_entropy(last, target[-1:])
+    torch.testing.assert_close(loss[-1], expected)
+    dx = torch.ops.gptfast.cross_entropy_bwd(loss, x, target, None, lse, -100, 0.0)
+    (exact,) = torch.autograd.grad(expected, last, expected.detach())
+    torch.testing.assert_close(dx[-1:], exact.bfloat16())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 5])  # the path of few queries, and the other
+def test_offsets_attention(many, T):
+    k = many.view(1, 1, -1, 64)
+    q = torch.zeros(1, 1, T, 64, dtype=torch.bfloat16)
+    q[..., -3] = 800  # times the 3 of the last key, over 8: all weight lies on it
+    o = gptfast.attention(q, k, k)
+    assert torch.equal(o, k[:, :, -1:].expand(o.shape))

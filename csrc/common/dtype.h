@@ -1,4 +1,4 @@
-// Dtype codes shared by Python (gptfast/extension.py), the CPU kernels and the CUDA kernels.
+// Dtype codes shared by Python (gptfast/backend.py), the CPU kernels and the CUDA kernels.
 #pragma once
 #include <cstdint>
 

@@ -42,7 +42,8 @@ struct AttentionShape {
 };
 struct AttentionOptions {
   bool causal;
-  float scale, dropout_p;
+  float scale;
+  int64_t dropout_threshold;  // of 2^16 scores, how many are kept; 2^16 without dropout
   int64_t seed;
 };
 
@@ -130,7 +131,7 @@ struct Dropout {
   uint64_t seed;
 
   explicit Dropout(const AttentionOptions& options)
-      : threshold(static_cast<uint32_t>(std::lround((1.0 - options.dropout_p) * 65536.0))),
+      : threshold(static_cast<uint32_t>(options.dropout_threshold)),
         inverse_keep(threshold ? 65536.0f / threshold : 0.0f),
         seed(static_cast<uint64_t>(options.seed)) {}
   bool active() const { return threshold < 65536; }
@@ -381,7 +382,7 @@ void attention_fwd(Heads q, Heads k, Heads v, Heads o, float* lse, AttentionShap
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t heads = shape.B * shape.H, flops = 4 * heads * shape.T * shape.S * shape.D;
-    if (shape.T <= kFewQueries && options.dropout_p == 0) {
+    if (shape.T <= kFewQueries && options.dropout_threshold == 65536) {
       parallel_for_dynamic(heads * shape.T, flops, [&](int64_t task) {
         const int64_t head = task / shape.T;
         forward_query<T>(q, k, v, o, lse, shape, options, head / shape.H, head % shape.H,
@@ -451,7 +452,7 @@ struct FromPython<AttentionShape> {
 };
 template <>
 struct FromPython<AttentionOptions> {
-  using type = std::tuple<bool, float, float, int64_t>;
+  using type = std::tuple<bool, float, int64_t, int64_t>;
   static AttentionOptions get(type t) {
     return std::apply([](auto... field) { return AttentionOptions{field...}; }, t);
   }

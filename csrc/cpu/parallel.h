@@ -5,10 +5,31 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <new>
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
+
+// An exception must not leave a parallel region: the first one waits here until the region is over.
+class Failure {
+ public:
+  template <class Body>
+  void guard(const Body& body) {
+    try {
+      body();
+    } catch (...) {
+#pragma omp critical(gptfast_failure)
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::exception_ptr first_;
+};
 
 // Splits [0, n) into one contiguous piece per thread and calls body(begin, end) on each. A piece
 // has at least `grain` items: what is smaller than that stays on the calling thread.
@@ -22,11 +43,13 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
     body(int64_t{0}, n);
     return;
   }
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-    body(n * t / team, n * (t + 1) / team);
+    failure.guard([&] { body(n * t / team, n * (t + 1) / team); });
   }
+  failure.rethrow();
 }
 
 // Hands out [0, n) one item at a time, for items of unequal cost. `flops` is the work of all of
@@ -38,8 +61,10 @@ inline void parallel_for_dynamic(int64_t n, int64_t flops, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
+  Failure failure;
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t i = 0; i < n; ++i) body(i);
+  for (int64_t i = 0; i < n; ++i) failure.guard([&] { body(i); });
+  failure.rethrow();
 }
 
 // A 64-byte aligned fp32 scratch buffer that the thread keeps between calls.

@@ -86,6 +86,8 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if n_head < 1 or n_embd % n_head:
             raise ValueError(f"n_head must divide n_embd {n_embd}, got {n_head}")
         if n_kv_head < 1 or n_head % n_kv_head:
@@ -103,10 +105,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         # Split before the heads are taken apart: the gradients then join along the last dimension,
         # as they lie in memory.
-        sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        joined = self.c_attn(x).split([n * self.head_dim for n in heads], dim=2)
         q, k, v = (
-            y.view(B, T, -1, self.head_dim).transpose(1, 2)
-            for y in self.c_attn(x).split(sizes, dim=2)
+            y.view(B, T, n, self.head_dim).transpose(1, 2)
+            for y, n in zip(joined, heads, strict=True)
         )
         if cache is not None:
             k, v = cache.append(layer, k, v)

@@ -19,12 +19,12 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the trailing dimensions of x."""
         n = len(self.normalized_shape)
-        if n == 1:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        if tuple(x.shape[-n:]) != tuple(self.normalized_shape):
+        if tuple(x.shape[-n:]) != self.normalized_shape:
             raise ValueError(
                 f"LayerNorm: x must end in {tuple(self.normalized_shape)}, got {tuple(x.shape)}"
             )
+        if n == 1:
+            return layer_norm(x, self.weight, self.bias, self.eps)
         weight = None if self.weight is None else self.weight.flatten()
         bias = None if self.bias is None else self.bias.flatten()
         return layer_norm(x.flatten(-n), weight, bias, self.eps).view(x.shape)

@@ -23,7 +23,14 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.library import check_device, check_dtypes, check_floating, define, statistics_dtype
+from gptfast.ops.library import (
+    check_device,
+    check_dtypes,
+    check_floating,
+    check_shape,
+    define,
+    statistics_dtype,
+)
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -81,7 +88,8 @@ def reference_bwd(
         dq[:, :, rows] = (ds @ kf * scale).to(q.dtype)
         dk += ds.transpose(-1, -2) @ q[:, :, rows].to(dtype) * scale
     dk, dv = (
-        _like_output(g.unflatten(1, (-1, G)).sum(2).to(x.dtype)) for g, x in ((dk, k), (dv, v))
+        _like_output(g.unflatten(1, (k.shape[1], G)).sum(2).to(x.dtype))
+        for g, x in ((dk, k), (dv, v))
     )
     return tuple(  # type: ignore[return-value]
         g if need else g.new_empty(0) for g, need in zip((dq, dk, dv), needs, strict=True)
@@ -179,7 +187,7 @@ def cpu_fwd(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     B, H, T, D = q.shape
     o = empty_output(q)
-    lse = torch.empty(B, H, T, dtype=torch.float32)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     backend.extension().attention_fwd(  # type: ignore[union-attr]
         _heads(q),
         _heads(k),
@@ -187,7 +195,7 @@ def cpu_fwd(
         _heads(o),
         lse.data_ptr(),
         (B, H, k.shape[1], T, k.shape[2], D),
-        (causal, scale, dropout_p, 0 if seed is None else int(seed)),
+        (causal, scale, dropout_threshold(dropout_p), 0 if seed is None else int(seed)),
         backend.DTYPE_CODES[q.dtype],
     )
     return o, lse
@@ -208,6 +216,7 @@ def cpu_bwd(
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
     do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()
     B, H, T, D = q.shape
     empty = q.new_empty(0)
     dq = empty_output(q) if needs[0] else empty
@@ -219,12 +228,12 @@ def cpu_bwd(
         _heads(k),
         _heads(v),
         _heads(o),
-        lse.contiguous().data_ptr(),
+        lse.data_ptr(),
         _heads(dq) if needs[0] else nothing,
         _heads(dk) if needs[1] or needs[2] else nothing,
         _heads(dv) if needs[1] or needs[2] else nothing,
         (B, H, k.shape[1], T, k.shape[2], D),
-        (causal, scale, dropout_p, 0 if seed is None else int(seed)),
+        (causal, scale, dropout_threshold(dropout_p), 0 if seed is None else int(seed)),
         backend.DTYPE_CODES[q.dtype],
     )
     return dq, dk if needs[1] else empty, dv if needs[2] else empty
@@ -339,14 +348,21 @@ def attention(
         RuntimeError: tensors on different devices.
 
     Limits:
-        Extra memory is O(B H T) for the log-sum-exp, and in backward on a CPU 16 S D bytes a
-        thread.
+        Extra memory is O(B H T) for the log-sum-exp; backward on a CPU takes 16 S D bytes a thread,
+        which the thread keeps for its next call.
 
     Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
     """
-    check_floating("attention", "q", q)
-    if not torch.is_autocast_enabled(q.device.type):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating("attention", name, x)
+    # Autocast makes one dtype of several, but leaves float64 alone, as PyTorch's own does.
+    casts = torch.is_autocast_enabled(q.device.type)
+    if not casts or torch.float64 in (q.dtype, k.dtype, v.dtype):
         check_dtypes("attention", q.dtype, k=k, v=v)
+    if seed is not None and (not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64):
+        given = seed.dtype if isinstance(seed, torch.Tensor) else type(seed).__name__
+        raise TypeError(f"attention: seed must be an int64 scalar tensor, got {given}")
+    check_shape("attention", "seed", seed, ())
     check_device("attention", q.device, k=k, v=v, seed=seed)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:

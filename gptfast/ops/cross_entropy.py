@@ -76,7 +76,8 @@ def reference_bwd(
     dx = a[:, None] * torch.exp(xf - lse[:, None]) - label_smoothing / max(V, 1) * w
     if V:
         dx.scatter_add_(1, t[:, None], -hit[:, None])
-    return (dx * dloss[:, None]).masked_fill(ignored[:, None], 0).to(x.dtype)
+    dx = (dx * dloss[:, None]).masked_fill(ignored[:, None], 0)
+    return dx.to(x.dtype).contiguous()
 
 
 def cpu_fwd(
@@ -89,8 +90,8 @@ def cpu_fwd(
     """The `cpu` backend of the forward op."""
     x, target, weight = x.contiguous(), target.contiguous(), _parameter(weight)
     M, V = x.shape
-    loss = torch.empty(M, dtype=torch.float32)
-    lse = torch.empty(M, dtype=torch.float32)
+    loss = torch.empty(M, dtype=torch.float32, device=x.device)
+    lse = torch.empty_like(loss)
     bad_row = backend.extension().cross_entropy_fwd(  # type: ignore[union-attr]
         x.data_ptr(),
         target.data_ptr(),
@@ -257,11 +258,16 @@ def cross_entropy(
     check_floating("cross_entropy", "logits", logits)
     if logits.dim() == 0:
         raise ValueError("cross_entropy: logits must be (..., V), got a scalar")
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(
+            f"cross_entropy: target must be an int64 tensor, got {type(target).__name__}"
+        )
     if target.dtype != torch.int64:
         raise TypeError(f"cross_entropy: target must be int64 class indices, got {target.dtype}")
     check_shape("cross_entropy", "target", target, tuple(logits.shape[:-1]))
     V = logits.shape[-1]
     if weight is not None:
+        weight = weight.detach()
         check_floating("cross_entropy", "weight", weight)
         check_shape("cross_entropy", "weight", weight, (V,))
     check_device("cross_entropy", logits.device, target=target, weight=weight)

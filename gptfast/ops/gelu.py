@@ -22,7 +22,7 @@ APPROXIMATIONS = ("none", "tanh")
 def reference_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
     """The formula in PyTorch."""
     xf = x.to(statistics_dtype(x.dtype))
-    return (xf * _phi(xf, approximate)).to(x.dtype)
+    return (xf * _phi(xf, approximate)).to(x.dtype).contiguous()
 
 
 def reference_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
@@ -37,7 +37,7 @@ def reference_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.
         slope = phi + c * phi * _phi(-c, "tanh") * two_du
     else:
         slope = phi + xf.clamp(-15, 15) * torch.exp(-0.5 * xf * xf) / math.sqrt(2 * math.pi)
-    return (dy * slope).to(x.dtype)
+    return (dy * slope).to(x.dtype).contiguous()
 
 
 def _phi(x: torch.Tensor, approximate: str) -> torch.Tensor:

@@ -73,7 +73,7 @@ def cpu_fwd(
     """The `cpu` backend of the forward op."""
     x, w, b = x.contiguous(), _parameter(w), _parameter(b)
     y = torch.empty_like(x)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     backend.extension().layer_norm_fwd(  # type: ignore[union-attr]
         x.data_ptr(),
@@ -104,11 +104,12 @@ def cpu_bwd(
     M, N = mean.numel(), x.shape[-1]
     empty = x.new_empty(0)
     dx = torch.empty_like(x) if needs[0] else empty
-    dw = torch.empty(N, dtype=torch.float32) if needs[1] else empty
-    db = torch.empty(N, dtype=torch.float32) if needs[2] else empty
+    dw = torch.empty(N, dtype=torch.float32, device=x.device) if needs[1] else empty
+    db = torch.empty(N, dtype=torch.float32, device=x.device) if needs[2] else empty
     # A function of M alone, so that the result does not depend on the number of threads.
     blocks = min(max(M // 32, 1), 64)
-    partial = torch.empty((blocks, 2, N) if needs[1] or needs[2] else 0, dtype=torch.float32)
+    shape = (blocks, 2, N) if needs[1] or needs[2] else (0,)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     backend.extension().layer_norm_bwd(  # type: ignore[union-attr]
         dy.data_ptr(),
         x.data_ptr(),

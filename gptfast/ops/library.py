@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
 
@@ -53,6 +54,7 @@ def define(
     function = _autograd_function(op, implementation, backward or not_differentiable, setup_context)
 
     def autograd_rule(keyset: Any, *args: Any) -> Any:
+        _refuse_forward_mode(name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(keyset, *args)
         return _below_autograd(op, keyset, args)
@@ -65,6 +67,7 @@ def define(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _plain_eager(args):
             return op(*args)
+        _refuse_forward_mode(name, args)
         if autocast and torch.is_autocast_enabled(args[0].device.type):
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -85,10 +88,20 @@ def _plain_eager(args: tuple[Any, ...]) -> bool:
         return False
     for a in args:  # a generator expression would cost as much as all the rest
         kind = type(a)
-        plain = kind is torch.Tensor or kind is torch.nn.Parameter
-        if not plain and isinstance(a, torch.Tensor):
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if a.is_neg():  # a view with the sign in a flag, which the dispatcher resolves
+                return False
+        elif isinstance(a, torch.Tensor):
             return False
     return True
+
+
+def _refuse_forward_mode(name: str, args: tuple[Any, ...]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for a in args:
+        if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise RuntimeError(f"gptfast: {name} has no forward-mode derivative")
 
 
 def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -113,7 +126,9 @@ def _autograd_function(
         return output
 
     def run_backward(ctx: Any, grad: torch.Tensor | None, *grads: Any) -> Any:
-        return (None,) * ctx.inputs if grad is None else backward(ctx, grad, *grads)
+        if grad is None and all(g is None for g in grads):
+            return (None,) * ctx.inputs
+        return backward(ctx, grad, *grads)
 
     return type(
         f"{op._opname}_autograd",
