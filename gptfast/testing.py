@@ -8,6 +8,9 @@ what its rounding errors are proportional to.
 
 runs forward and every gradient in poisoned memory and judges each result by `assert_close`. A new
 backend needs no new test; a new op needs an entry in `OPS` and its rows in `CASES`.
+
+Longer than 500 lines because the rule that judges an op and the arithmetic behind its bounds are
+read together, and nobody else needs a part of them.
 """
 
 from __future__ import annotations
@@ -411,7 +414,7 @@ def _attention_cases() -> Iterator[Case]:
                 "attention", (1, 2, 2, 40, 40, 8), options={"causal": causal, "scale": scale}
             )
         for p in (0.1, 0.5, 0.999):
-            for shape in ((2, 4, 2, 70, 90, 16), (1, 2, 2, 2, 40, 16)):
+            for shape in ((2, 2, 1, 70, 90, 16), (1, 2, 2, 2, 40, 16)):
                 yield Case("attention", shape, options={"causal": causal, "dropout_p": p})
         for values in ("large", "tiny", "constant"):
             yield Case("attention", (1, 2, 2, 70, 70, 24), values, options={"causal": causal})
@@ -588,13 +591,12 @@ def _cross_entropy_magnitudes(
     moves = (hit + spread).sum(-1) * counted  # the log of a sum moves as the sum does, relatively
     reduction = options.get("reduction", "mean")
     if reduction == "none":
-        g, result = dloss.reshape(-1), Magnitude(terms.view(shape), moves.view(shape), V)
+        g = dloss.reshape(-1)
+        result = Magnitude(terms.view(shape), moves.view(shape), V)
     else:
         count = (w[t] * counted).sum() if reduction == "mean" else torch.ones(()).to(x)
-        g, result = (
-            (dloss / count).expand(M),
-            Magnitude(terms.sum() / count, moves.sum() / count, M + V),
-        )
+        g = (dloss / count).expand(M)
+        result = Magnitude(terms.sum() / count, moves.sum() / count, M + V)
     g = torch.where(counted, g, 0).abs().unsqueeze(-1)
     share = (hit + spread).sum(-1, keepdim=True) * p
     dx = Magnitude(
@@ -667,9 +669,8 @@ def _attention_magnitudes(i: Inputs, do: torch.Tensor, options: Options) -> dict
     z = _attention_factors(i, options, q.dtype) if options.get("dropout_p") else 1.0
     q, k, v, scale = q.abs(), k.abs(), v.abs(), abs(scale)
     size = q @ k.mT * scale  # of the terms of a score
-    moves = (
-        size + (p * size).sum(-1, keepdim=True) + lse.abs()
-    )  # p moves by u times this, relatively
+    # p moves by u times this, relatively: as s and lse move.
+    moves = size + (p * size).sum(-1, keepdim=True) + lse.abs()
     pz = p * z
     o, o_moves = pz @ v, (pz * moves) @ v
     delta, delta_moves = ((do * x).sum(-1, keepdim=True) for x in (o, o_moves))

@@ -269,7 +269,8 @@ def test_dropout_threshold_is_the_same_on_every_backend(p):
     q = torch.zeros(1, 1, T, 8)
     k, v = torch.zeros(1, 1, S, 8), torch.ones(1, 1, S, 8)
     o = gptfast.attention(q, k, v, dropout_p=p, seed=torch.tensor(seed))
-    torch.testing.assert_close(o[0, 0, :, 0].double(), z.mean(-1), rtol=1e-6, atol=0)
+    # 512 equal terms in four lanes: an error of 128 u32 at most, and one key more is a part in 512.
+    torch.testing.assert_close(o[0, 0, :, 0].double(), z.mean(-1), rtol=128 * 2**-24, atol=0)
 
 
 def test_dropout_rate_and_independence():
@@ -569,14 +570,16 @@ def test_offsets_gelu(many):
 @pytest.mark.slow
 def test_offsets_layer_norm(many):
     x = many.view(-1, 2**12)
-    last = x[-1:].clone().requires_grad_()
     y, mean, rstd = torch.ops.gptfast.layer_norm_fwd(x, None, None, 1e-5)
+    last = x[-1:].float().requires_grad_()
     expected = F.layer_norm(last, (2**12,))
-    torch.testing.assert_close(y[-1:], expected)
+    torch.testing.assert_close(y[-1:], expected.bfloat16())
     del y
-    dx, _, db = torch.ops.gptfast.layer_norm_bwd(x, x, None, mean, rstd, [True, True, True])
-    torch.testing.assert_close(dx[-1:], torch.autograd.grad(expected, last, last)[0])
-    assert torch.equal(db, last[0].float())
+    dy = torch.randn(2**12).bfloat16()
+    needs = [True, False, False]
+    dx = torch.ops.gptfast.layer_norm_bwd(dy.expand(x.shape), x, None, mean, rstd, needs)[0]
+    (exact,) = torch.autograd.grad(expected, last, dy.float()[None])
+    torch.testing.assert_close(dx[-1:], exact.bfloat16())
 
 
 @pytest.mark.slow
