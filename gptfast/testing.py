@@ -429,9 +429,9 @@ def _attention_cases() -> Iterator[Case]:
     yield Case("attention", (0, 2, 1, 5, 5, 8))
     for T in (3, 33):
         yield Case("attention", (1, 2, 2, T, 33, 8), "nan")
-    # Ten thousand keys: sums that must not lose small terms.
+    # Many keys: sums that must not lose small terms.
     yield Case("attention", (1, 1, 1, 1, 10_000, 16))
-    yield Case("attention", (1, 1, 1, 6, 10_000, 16))
+    yield Case("attention", (1, 1, 1, 6, 2_000, 16))
 
 
 CASES = (*_layer_norm_cases(), *_gelu_cases(), *_cross_entropy_cases(), *_attention_cases())

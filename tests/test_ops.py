@@ -30,10 +30,11 @@ PROBLEMS: dict[tuple[str, torch.dtype, str], testing.Problem] = {}
 
 
 def problem_for(case, dtype, device="cpu"):
-    """`make_problem`, remembering the last one: a case's places are tested one after another."""
+    """`make_problem`, remembering one per dtype: a case's places are tested one after another."""
     key = (str(case), dtype, device)
     if key not in PROBLEMS:
-        PROBLEMS.clear()
+        if len(PROBLEMS) >= len(DTYPES):
+            PROBLEMS.clear()
         PROBLEMS[key] = testing.make_problem(case, dtype, device)
     return PROBLEMS[key]
 
@@ -68,7 +69,8 @@ def test_case(case, dtype, place):
 @pytest.mark.parametrize("op", OPS)
 def test_tail(op, n, place):
     for dtype in DTYPES:
-        run_case(tail_case(op, n), place.backend, dtype, place.device)
+        problem = problem_for(tail_case(op, n), dtype, place.device)
+        problem.judge(problem.run(place.backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
@@ -305,6 +307,12 @@ def test_a_forced_backend_never_falls_back():
     refused = "gelu: backend 'cuda' is forced"
     with gptfast.use_backend("cuda"), pytest.raises(RuntimeError, match=refused):
         gptfast.gelu(x)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        refused = (
+            "gelu: backend 'triton' is forced, but (its tensors must be on cuda|triton is not)"
+        )
+        with gptfast.use_backend("triton"), pytest.raises(RuntimeError, match=refused):
+            gptfast.gelu(x)
     with gptfast.use_backend("cpu"), pytest.raises(RuntimeError, match="got float64"):
         gptfast.gelu(x.double())
     with gptfast.use_backend("cpu"), gptfast.use_backend("auto"):
