@@ -10,7 +10,8 @@ the sequence cuts.
 Products take their operands in the input dtype and accumulate in fp32, on the matrix units; all
 other arithmetic is fp32. Softmax works in base 2: exp2(s log2(e)) is one instruction.
 
-The kernels have more than 15 arguments: four tensors with three strides each need that many.
+The kernels have more than 15 arguments: four tensors with three strides each need that many, and a
+line each makes this file longer than 500.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.ops.attention import dropout_threshold, empty_output
+from gptfast.ops.attention import dropout_threshold, empty_output, unit_stride
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -404,10 +405,6 @@ def attention_bwd_dq_kernel(
     tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -440,7 +437,7 @@ def attention_fwd(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::attention_fwd`."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     B, H, T, D = q.shape
     S = k.shape[2]
     o = empty_output(q)
@@ -484,7 +481,7 @@ def attention_bwd(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::attention_bwd`."""
-    do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
+    do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     B, H, T, D = q.shape
     H_kv, S = k.shape[1:3]

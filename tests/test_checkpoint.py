@@ -167,19 +167,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         checkpoint.save(tmp_path / "file" / "out", 1, new_model(), TOKENIZER)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no small disk: mounting a tmpfs needs root")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_full_disk(small_disk):
     model = new_model(0, GPTConfig(8, 5, 1, 2, 64, 0.0, False))
     training = {"optimizer": torch.zeros(2, model.num_parameters())}

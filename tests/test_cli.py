@@ -16,19 +16,13 @@ from gptfast.models import GPT, GPTConfig
 from gptfast.tokenizer import CharTokenizer
 from gptfast.train import PRESETS, TrainConfig, read_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = 20 * "From fairest creatures we desire increase,\nThat thereby beauty's rose may not die,\n"
 TINY = [
     *("--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=8", "--batch-size=2"),
     *("--max-iters=4", "--eval-interval=2", "--checkpoint-interval=2", "--eval-iters=1"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

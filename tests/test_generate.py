@@ -11,17 +11,10 @@ from gptfast.generate import _text, generate, generate_text, pick_device, stream
 from gptfast.models import GPT, GPTConfig
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V = 13
 TOKENIZER = CharTokenizer("abcdefghijk \n")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_model(block_size: int = 8, vocab_size: int = V) -> GPT:

@@ -1,4 +1,7 @@
-"""Every op on every backend, through the shared cases; and what all ops have in common."""
+"""Every op on every backend, through the shared cases; and what all ops have in common.
+
+Longer than 500 lines: what one op must do, all must, so it is written down in one place.
+"""
 
 from __future__ import annotations
 

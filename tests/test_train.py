@@ -1,4 +1,7 @@
-"""Training runs at tiny sizes: what they learn, leave behind, survive and refuse."""
+"""Training runs at tiny sizes: what they learn, leave behind, survive and refuse.
+
+Longer than 500 lines: a table of what may be damaged or refused, beside the tests that read it.
+"""
 
 import dataclasses
 import io
@@ -29,17 +32,10 @@ from gptfast.train import (
     validation_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = 20 * "From fairest creatures we desire increase,\nThat thereby beauty's rose may not die,\n"
 KEYS = {"step", "train_loss", "val_loss", "tok_per_s", "lr", "elapsed"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -732,17 +728,9 @@ def test_damaged_files_of_a_run(config, name, content, message):
         train(change(config, resume=True, max_iters=30))
 
 
-def test_full_disk(config, tmp_path):
-    out = tmp_path / "disk"
-    out.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(out)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no small disk: mounting a tmpfs needs root")
-    try:
-        config = change(config, out=str(out / "run"), n_embd=64, checkpoint_interval=1)
-        with pytest.raises(OSError, match=r"No space left on device; the last good .*step_000001"):
-            train(config, quiet=True)
-        assert names(config) == ["metrics.jsonl", "step_000001", "train.json"]
-        checkpoint.load(config.out)
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
+def test_full_disk(config, small_disk):
+    config = change(config, out=str(small_disk / "run"), n_embd=64, checkpoint_interval=1)
+    with pytest.raises(OSError, match=r"No space left on device; the last good .*step_000001"):
+        train(config, quiet=True)
+    assert names(config) == ["metrics.jsonl", "step_000001", "train.json"]
+    checkpoint.load(config.out)

@@ -1,16 +1,16 @@
-"""What `test_triton.py` runs with TRITON_INTERPRET=1: the shared cases on the triton backend."""
+"""What `test_triton.py` runs with TRITON_INTERPRET=1: the shared cases on the triton backend.
+
+`conftest.py` has repaired the interpreter by then.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gptfast import interpreter
 from gptfast.backend import OPS
 from gptfast.kernels import cross_entropy, layer_norm
 from gptfast.testing import CASES, DTYPES, run_case, tail_case
-
-interpreter.install()
 
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
 

@@ -109,12 +109,6 @@ void unpack_rows(const float* x, int64_t width, int64_t rows, int64_t D, float f
     });
 }
 
-inline i32v lane_index() {
-  i32v lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  return lane;
-}
-
 // The last key that query i may see, plus one.
 inline int64_t visible_keys(const AttentionShape& shape, const AttentionOptions& options,
                             int64_t i) {

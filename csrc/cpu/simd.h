@@ -45,6 +45,12 @@ inline f32v set1(float x) { return x - f32v{}; }
 inline i32v set1_i32(int32_t x) { return x - i32v{}; }
 inline u32v set1_u32(uint32_t x) { return x - u32v{}; }
 
+inline i32v lane_index() {  // 0, 1, ... W - 1
+  i32v lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane;
+}
+
 // mask lanes are 0 or -1, as comparisons of vectors yield them
 inline f32v select(i32v mask, f32v if_true, f32v if_false) { return mask ? if_true : if_false; }
 
@@ -208,9 +214,7 @@ struct Tail {
     store_n(p, v, n);
   }
   f32v live(f32v v, f32v other) const {
-    i32v lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    return select(lane < static_cast<int32_t>(n), v, other);
+    return select(lane_index() < static_cast<int32_t>(n), v, other);
   }
 };
 template <class Body>

@@ -184,7 +184,7 @@ def cpu_fwd(
     dropout_p: float,
 ) -> Tensors2:
     """The `cpu` backend of the forward op."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     B, H, T, D = q.shape
     o = empty_output(q)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
@@ -215,7 +215,7 @@ def cpu_bwd(
     needs: list[bool],
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
-    do, q, k, v, o = (_unit_stride(x) for x in (do, q, k, v, o))
+    do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     B, H, T, D = q.shape
     empty = q.new_empty(0)
@@ -239,7 +239,8 @@ def cpu_bwd(
     return dq, dk if needs[1] else empty, dv if needs[2] else empty
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with a contiguous last dimension, the only one whose stride kernels do not take."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -355,6 +356,8 @@ def attention(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating("attention", name, x)
+        if x.dim() != 4:
+            raise ValueError(f"attention: {name} must be (B, H, T, D), got {tuple(x.shape)}")
     # Autocast makes one dtype of several, but leaves float64 alone, as PyTorch's own does.
     casts = torch.is_autocast_enabled(q.device.type)
     if not casts or torch.float64 in (q.dtype, k.dtype, v.dtype):
@@ -364,9 +367,6 @@ def attention(
         raise TypeError(f"attention: seed must be an int64 scalar tensor, got {given}")
     check_shape("attention", "seed", seed, ())
     check_device("attention", q.device, k=k, v=v, seed=seed)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} must be (B, H, T, D), got {tuple(x.shape)}")
     B, H, _, D = q.shape
     H_kv, S = k.shape[1], k.shape[2]
     if tuple(k.shape) != (B, H_kv, S, D) or k.shape != v.shape:

@@ -23,6 +23,8 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    fp32_parameter,
+    pointer,
     statistics_dtype,
 )
 
@@ -88,14 +90,14 @@ def cpu_fwd(
     label_smoothing: float,
 ) -> Tensors2:
     """The `cpu` backend of the forward op."""
-    x, target, weight = x.contiguous(), target.contiguous(), _parameter(weight)
+    x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
     M, V = x.shape
     loss = torch.empty(M, dtype=torch.float32, device=x.device)
     lse = torch.empty_like(loss)
     bad_row = backend.extension().cross_entropy_fwd(  # type: ignore[union-attr]
         x.data_ptr(),
         target.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
+        pointer(weight),
         loss.data_ptr(),
         lse.data_ptr(),
         M,
@@ -119,14 +121,14 @@ def cpu_bwd(
     label_smoothing: float,
 ) -> torch.Tensor:
     """The `cpu` backend of the backward op."""
-    x, target, weight = x.contiguous(), target.contiguous(), _parameter(weight)
+    x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
     dloss, lse = dloss.contiguous(), lse.contiguous()
     dx = torch.empty_like(x)
     backend.extension().cross_entropy_bwd(  # type: ignore[union-attr]
         dloss.data_ptr(),
         x.data_ptr(),
         target.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
+        pointer(weight),
         lse.data_ptr(),
         dx.data_ptr(),
         x.shape[0],
@@ -136,12 +138,6 @@ def cpu_bwd(
         backend.DTYPE_CODES[x.dtype],
     )
     return dx
-
-
-def _parameter(w: torch.Tensor | None) -> torch.Tensor | None:
-    if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
-        return w
-    return w.to(torch.float32).contiguous()
 
 
 def check_targets(target: torch.Tensor, V: int, ignore_index: int) -> None:

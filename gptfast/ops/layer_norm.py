@@ -19,6 +19,8 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    fp32_parameter,
+    pointer,
     statistics_dtype,
 )
 
@@ -71,14 +73,14 @@ def cpu_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
     """The `cpu` backend of the forward op."""
-    x, w, b = x.contiguous(), _parameter(w), _parameter(b)
+    x, w, b = x.contiguous(), fp32_parameter(w), fp32_parameter(b)
     y = torch.empty_like(x)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     backend.extension().layer_norm_fwd(  # type: ignore[union-attr]
         x.data_ptr(),
-        _pointer(w),
-        _pointer(b),
+        pointer(w),
+        pointer(b),
         y.data_ptr(),
         mean.data_ptr(),
         rstd.data_ptr(),
@@ -99,7 +101,7 @@ def cpu_bwd(
     needs: list[bool],
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
-    dy, x, w = dy.contiguous(), x.contiguous(), _parameter(w)
+    dy, x, w = dy.contiguous(), x.contiguous(), fp32_parameter(w)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     M, N = mean.numel(), x.shape[-1]
     empty = x.new_empty(0)
@@ -113,7 +115,7 @@ def cpu_bwd(
     backend.extension().layer_norm_bwd(  # type: ignore[union-attr]
         dy.data_ptr(),
         x.data_ptr(),
-        _pointer(w),
+        pointer(w),
         mean.data_ptr(),
         rstd.data_ptr(),
         dx.data_ptr() if needs[0] else 0,
@@ -126,16 +128,6 @@ def cpu_bwd(
         backend.DTYPE_CODES[x.dtype],
     )
     return dx, dw, db
-
-
-def _parameter(w: torch.Tensor | None) -> torch.Tensor | None:
-    if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
-        return w
-    return w.to(torch.float32).contiguous()
-
-
-def _pointer(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 OP = backend.Op(

@@ -36,8 +36,7 @@ def define(
         implementation: runs on real tensors of any device; it chooses the backend itself.
         fake: the same call on fake tensors: shapes, dtypes, devices and strides of the results.
         backward: autograd formula, `backward(ctx, *grads)`, returning None for the keyset and then
-        a
-            gradient per input; without it the op refuses differentiation.
+            a gradient per input; without it the op refuses differentiation.
         setup_context: `setup_context(ctx, inputs, output)`, saves what backward needs.
         autocast: cast floating-point tensors to the autocast dtype, as torch does for products.
     """
@@ -185,3 +184,15 @@ def check_device(op: str, expected: torch.device, **tensors: torch.Tensor | None
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of statistics and accumulators: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fp32_parameter(w: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight as the CPU kernels take it: contiguous fp32, or absent."""
+    if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
+        return w
+    return w.to(torch.float32).contiguous()
+
+
+def pointer(t: torch.Tensor | None) -> int:
+    """The address of a tensor's data; 0 for None."""
+    return 0 if t is None else t.data_ptr()
