@@ -25,6 +25,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
     "cuda": ("triton", "cuda", "torch"),
 }
+OLDEST_TRITON = (3, 5)
 HOW_TO_BUILD = "Install g++ 11 or newer and reinstall gptfast-kernels"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
@@ -60,9 +61,12 @@ def missing(backend: str) -> str | None:
         return "gptfast._C was built without CUDA"
     if backend == "triton":
         try:
-            import triton  # noqa: F401
+            import triton
         except ImportError:
             return "triton is not installed: pip install triton"
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"triton must be {oldest} or newer, got {triton.__version__}"
     return None
 
 
@@ -78,17 +82,31 @@ class Implementation:
     why_not: Callable[..., str | None] | None = None
 
 
-def triton_implementation(op: str) -> Implementation:
-    """`<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<op>`, imported when first called."""
+def triton_implementation(
+    op: str, file: str | None = None, why_not: Callable[..., str | None] | None = None
+) -> Implementation:
+    """`<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<file>`, imported when first called.
+
+    Args:
+        op: the op's name.
+        file: where its kernels stand, if not in a file of the op's name.
+        why_not: see `Implementation`.
+    """
 
     @cache
     def kernel(name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"gptfast.kernels.{op}"), f"{op}_{name}")
+        return getattr(importlib.import_module(f"gptfast.kernels.{file or op}"), f"{op}_{name}")
 
-    return Implementation(
-        lambda *args: kernel("fwd")(*args),
-        lambda *args: kernel("bwd")(*args),
-    )
+    def launcher(name: str) -> Callable[..., Any]:
+        def launch(x: torch.Tensor, *args: Any) -> Any:
+            if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+                return kernel(name)(x, *args)
+            with torch.cuda.device(x.device):  # Triton launches on the current device
+                return kernel(name)(x, *args)
+
+        return launch
+
+    return Implementation(launcher("fwd"), launcher("bwd"), why_not)
 
 
 _forced: str | None = None

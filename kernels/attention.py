@@ -22,7 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.ops.attention import dropout_threshold, empty_output, unit_stride
+from gptfast.kernels.philox import dropout_factors
+from gptfast.ops.attention import empty_output, unit_stride
+from gptfast.ops.philox import dropout_threshold
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -65,24 +67,6 @@ def _load_rows(ptr, rows, stride_row, offs_d, N, D, EVEN_N: tl.constexpr, EVEN_D
     if EVEN_D:
         return tl.load(ptrs, mask=rows[:, None] < N, other=0.0)
     return tl.load(ptrs, mask=(rows[:, None] < N) & (offs_d[None, :] < D), other=0.0)
-
-
-@triton.jit
-def _dropout_factors(
-    seed, head, first_row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """z of a tile of scores: each Philox call serves 8 keys, 16 bits each."""
-    i = first_row + tl.arange(0, BLOCK_M)[:, None]
-    j = first_col // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-    c0 = (i + j * 0).to(tl.uint32)
-    c1 = (j + i * 0).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + head.to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0))
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (M, N / 8, word div 2, word mod 2)
-    bits = tl.join(words & 0xFFFF, words >> 16)  # and the half
-    bits = tl.reshape(bits, (BLOCK_M, BLOCK_N))
-    keep = bits < threshold.to(tl.uint32)
-    return tl.where(keep, 65536.0 / threshold.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -162,7 +146,7 @@ def attention_fwd_kernel(
             total = total * factor + tl.sum(p, 1)
             acc = acc * factor[:, None]
             if HAS_DROPOUT:
-                p *= _dropout_factors(seed, bh, first, start, dropout_threshold, BLOCK_M, BLOCK_N)
+                p *= dropout_factors(seed, bh, first, start, dropout_threshold, BLOCK_M, BLOCK_N)
             v = _load_rows(v_ptr, offs_n, stride_v_row, offs_d, S, D, masked == 0, EVEN_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             top = new_top
@@ -307,9 +291,7 @@ def attention_bwd_dkdv_kernel(
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 pz = p
                 if HAS_DROPOUT:
-                    z = _dropout_factors(
-                        seed, bh, start, first, dropout_threshold, BLOCK_M, BLOCK_N
-                    )
+                    z = dropout_factors(seed, bh, start, first, dropout_threshold, BLOCK_M, BLOCK_N)
                     pz = p * z
                     dp = dp * z
                 ds = p * (dp - delta[:, None])
@@ -397,7 +379,7 @@ def attention_bwd_dq_kernel(
             )
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
-                dp *= _dropout_factors(seed, bh, first, start, dropout_threshold, BLOCK_M, BLOCK_N)
+                dp *= dropout_factors(seed, bh, first, start, dropout_threshold, BLOCK_M, BLOCK_N)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     at = offs_m.to(tl.int64)[:, None] * stride_dq_row + offs_d[None, :]

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from places import INTERPRET, ISAS, PLACES, Place, at_level
 
-from gptfast import backend
-
-EXTENSION = backend.extension()
-ISAS = EXTENSION.cpu_isas() if EXTENSION else []
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRET:
     from gptfast import interpreter
 
     interpreter.install()
 
 
-class Place(NamedTuple):
-    """Where an op can run on this machine."""
-
-    backend: str
-    device: str = "cpu"
-    isa: str | None = None
-
-
-PLACES = [Place("torch"), *(Place("cpu", isa=isa) for isa in ISAS)]
-if INTERPRET:
-    PLACES.append(Place("triton"))
-if torch.cuda.is_available():
-    PLACES += [Place("torch", "cuda"), Place("triton", "cuda")]
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # Last, so that `place` varies fastest: the tests of one case share its exact results.
-    if "place" in metafunc.fixturenames:
-        ids = [f"{p.backend}-{p.isa or p.device}" for p in PLACES]
-        metafunc.parametrize("place", PLACES, ids=ids, indirect=True)
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "place" in metafunc.fixturenames and not any("place" in mark.args[0] for mark in marks):
+        metafunc.parametrize("place", PLACES, ids=str, indirect=True)
 
 
 @pytest.fixture
@@ -59,18 +36,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every SIMD level of this processor in turn."""
     with at_level(request.param):
         yield request.param
-
-
-@contextlib.contextmanager
-def at_level(isa: str | None) -> Iterator[None]:
-    if isa is None:
-        yield
-        return
-    assert EXTENSION is not None
-    before = EXTENSION.cpu_isa()
-    EXTENSION.set_cpu_isa(isa)
-    yield
-    EXTENSION.set_cpu_isa(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,22 @@ import sys
 
 import pytest
 import torch
+from places import implemented
 from torch.nn import functional as F
 
 import gptfast
 from gptfast import backend, testing
 from gptfast.backend import OPS
-from gptfast.ops.attention import dropout_factors, dropout_threshold
-from gptfast.testing import CASES, DTYPES, Case, run_case, tail_case
+from gptfast.ops.philox import dropout_factors, dropout_threshold
+from gptfast.testing import CASES, DTYPES, run_case
 
 C = backend.extension()
-EXAMPLES = {  # one plain case per op
-    "layer_norm": Case("layer_norm", (9, 33)),
-    "gelu": Case("gelu", (6, 41)),
-    "cross_entropy": Case("cross_entropy", (9, 37), options={"label_smoothing": 0.1}),
-    "attention": Case("attention", (2, 4, 2, 70, 90, 16), options={"causal": True}),
-}
+EXAMPLES = {op: row.examples[0] for op, row in testing.OPS.items()}
+
+
+def best_backend(op):
+    """The fastest backend of an op on a CPU."""
+    return "cpu" if "cpu" in OPS[op].implementations else "torch"
 
 
 PROBLEMS: dict[tuple[str, torch.dtype, str], testing.Problem] = {}
@@ -46,8 +47,9 @@ def names(values):
     return [str(v).removeprefix("torch.") for v in values]
 
 
-def test_every_op_has_an_example():
-    assert EXAMPLES.keys() == OPS.keys() == testing.OPS.keys()
+def test_every_op_is_tested():
+    assert OPS.keys() == testing.OPS.keys()
+    assert set(gptfast.ops.__all__) <= set(gptfast.__all__)
 
 
 def test_the_extension_is_built():
@@ -61,18 +63,27 @@ def test_cases_have_different_names():
 # ---- Values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+# `place` varies fastest: the tests of one case share its exact results.
+@pytest.mark.parametrize(
+    ("case", "dtype", "place"),
+    [(case, dtype, p) for case in CASES for dtype in DTYPES for p in implemented(case.op)],
+    ids=str,
+    indirect=["place"],
+)
 def test_case(case, dtype, place):
     problem = problem_for(case, dtype, place.device)
     problem.judge(problem.run(place.backend))
 
 
-@pytest.mark.parametrize("n", range(1, 66))
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "n", "place"),
+    [(op, n, p) for op in OPS for n in range(1, 66) for p in implemented(op)],
+    ids=str,
+    indirect=["place"],
+)
 def test_tail(op, n, place):
     for dtype in DTYPES:
-        problem = problem_for(tail_case(op, n), dtype, place.device)
+        problem = problem_for(testing.OPS[op].tail(n), dtype, place.device)
         problem.judge(problem.run(place.backend))
 
 
@@ -109,26 +120,9 @@ def test_gelu_keeps_its_digits_in_the_negative_tail(approximate, isa):
     assert ((y - exact).abs() <= bound).all()
 
 
-GRADCHECKS = [
-    Case("layer_norm", (4, 6)),
-    Case("layer_norm", (6,)),
-    Case("layer_norm", (2, 3, 5), options={"weight": None, "bias": None}),
-    Case("gelu", (3, 5), options={"approximate": "none"}),
-    Case("gelu", (3, 5), options={"approximate": "tanh"}),
-    Case("cross_entropy", (5, 7)),
-    Case(
-        "cross_entropy",
-        (5, 7),
-        options={"reduction": "none", "weight": True, "label_smoothing": 0.2, "ignored": 0.3},
-    ),
-    Case("cross_entropy", (5, 7), options={"reduction": "sum", "ignored": 0.3}),
-    Case("attention", (2, 4, 2, 6, 9, 3)),
-    Case("attention", (1, 4, 2, 9, 6, 3), options={"causal": True}),
-    Case("attention", (1, 4, 2, 6, 9, 3), options={"causal": True, "dropout_p": 0.4}),
-]
-
-
-@pytest.mark.parametrize("case", GRADCHECKS, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for row in testing.OPS.values() for c in row.gradchecks], ids=str
+)
 def test_gradcheck_of_the_reference(case):
     testing.gradcheck(case)
 
@@ -136,16 +130,15 @@ def test_gradcheck_of_the_reference(case):
 # ---- Registration --------------------------------------------------------------------------------
 
 
+ALL_EXAMPLES = [case for row in testing.OPS.values() for case in row.examples]
+
+
 def test_opcheck_sees_every_registered_op():
-    seen = set()
-    for case in EXAMPLES.values():
-        seen |= testing.opcheck(case)
-    dropout = Case("attention", (1, 2, 2, 9, 9, 8), options={"causal": True, "dropout_p": 0.2})
-    seen |= testing.opcheck(dropout)
+    seen = set().union(*(testing.opcheck(case) for case in ALL_EXAMPLES))
     assert seen == {f"gptfast::{op}_{pass_}" for op in OPS for pass_ in ("fwd", "bwd")}
 
 
-@pytest.mark.parametrize("case", EXAMPLES.values(), ids=str)
+@pytest.mark.parametrize("case", ALL_EXAMPLES, ids=str)
 def test_compiles_without_a_graph_break(case):
     problem = testing.make_problem(case, torch.float32)
     torch._dynamo.reset()
@@ -202,7 +195,8 @@ def test_double_backward_refuses(case):
     problem = testing.make_problem(case, torch.float32)
     leaf = problem.inputs[row.gradients[0]].clone().requires_grad_()
     inputs = {**problem.inputs, row.gradients[0]: leaf}
-    result = row.call(inputs, case.options).square().sum()
+    outputs = row.call(inputs, case.options)
+    result = (outputs[0] if isinstance(outputs, tuple) else outputs).square().sum()
     (grad,) = torch.autograd.grad(result, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{case.op}_bwd has no derivative"):
         grad.sum().backward()
@@ -223,19 +217,14 @@ def test_gradients_nobody_wants_are_not_computed():
 @pytest.mark.parametrize("dtype", DTYPES, ids=names(DTYPES))
 @pytest.mark.parametrize("op", OPS)
 def test_bits_do_not_depend_on_threads_or_runs(op, dtype):
-    shapes = {
-        "layer_norm": Case(op, (2100, 67)),
-        "gelu": Case(op, (300, 411)),
-        "cross_entropy": Case(op, (40, 2000)),
-        "attention": Case(op, (2, 4, 2, 200, 260, 32), options={"causal": True, "dropout_p": 0.1}),
-    }
-    problem = testing.make_problem(shapes[op], dtype)
+    problem = testing.make_problem(testing.OPS[op].many, dtype)
+    best = best_backend(op)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            results.append(problem.run("cpu"))
+            results.append(problem.run(best))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -501,7 +490,8 @@ FAULTS = {
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_planted_fault_is_found(op, fault, monkeypatch):
-    right = OPS[op].implementations["cpu"]
+    best = best_backend(op)
+    right = OPS[op].implementations[best]
 
     def wrong(*args):
         outputs = right.bwd(*args)
@@ -509,26 +499,25 @@ def test_a_planted_fault_is_found(op, fault, monkeypatch):
         return outputs
 
     planted = backend.Implementation(right.fwd, wrong)
-    monkeypatch.setitem(OPS[op].implementations, "cpu", planted)
+    monkeypatch.setitem(OPS[op].implementations, best, planted)
     with pytest.raises(AssertionError, match=FAULTS[fault]):
-        run_case(EXAMPLES[op], "cpu")
+        run_case(EXAMPLES[op], best)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_planted_fault_in_forward_is_found(op, monkeypatch):
-    right = OPS[op].implementations["cpu"]
+    best = best_backend(op)
+    right = OPS[op].implementations[best]
 
     def wrong(*args):
         outputs = right.fwd(*args)
         plant_small(outputs if isinstance(outputs, torch.Tensor) else outputs[0], args)
         return outputs
 
-    monkeypatch.setitem(OPS[op].implementations, "cpu", backend.Implementation(wrong, right.bwd))
-    case = EXAMPLES[op]
-    if op == "cross_entropy":  # of a mean of nine, one part in a thousand of one row is a ninth
-        case = Case(op, (9, 37), options={"reduction": "none"})
-    with pytest.raises(AssertionError, match="result"):
-        run_case(case, "cpu")
+    planted = backend.Implementation(wrong, right.bwd)
+    monkeypatch.setitem(OPS[op].implementations, best, planted)
+    with pytest.raises(AssertionError, match=testing.OPS[op].results[0]):
+        run_case(EXAMPLES[op], best)
 
 
 def test_an_error_message_says_what_is_wrong():

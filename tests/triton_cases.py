@@ -8,9 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptfast.backend import OPS
 from gptfast.kernels import cross_entropy, layer_norm
-from gptfast.testing import CASES, DTYPES, run_case, tail_case
+from gptfast.testing import CASES, DTYPES, OPS, run_case
 
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
 
@@ -32,7 +31,7 @@ def test_case(case, dtype):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("n", [1, 15, 16, 17])
 def test_tails(op, n):
-    run_case(tail_case(op, n), "triton")
+    run_case(OPS[op].tail(n), "triton")
 
 
 def test_rows_wider_than_a_block(monkeypatch):

@@ -10,8 +10,7 @@ dv_j = sum_i p_ij z_ij do_i
 ds_ij = p_ij (z_ij do_i . v_j - delta_i)
 dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
 
-Dropout keeps (i, j) where 16 bits of Philox-4x32-10, with key `seed` and counter (i, j div 8,
-head), are below (1 - p) 2^16. Every backend draws the same mask, in backward as in forward.
+The mask of dropout is that of `gptfast/ops/philox.py`, with the index of (batch, head) as head.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from gptfast.ops.library import (
     define,
     statistics_dtype,
 )
+from gptfast.ops.philox import dropout_factors, dropout_threshold
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -124,44 +124,6 @@ def _score_rows(
 
 def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
-
-
-def dropout_factors(
-    seed: torch.Tensor,
-    head: torch.Tensor,
-    i: torch.Tensor,
-    j: torch.Tensor,
-    dropout_p: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The factors z of the scores (head, i, j), which broadcast against each other."""
-    mask = 0xFFFFFFFF
-    head, i, j = torch.broadcast_tensors(head, i, j)
-    c0, c1, c2, c3 = i, j // 8, head, torch.zeros_like(i)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        # 32 x 32 bit products, assembled from 16-bit halves: int64 would overflow.
-        high0, low0 = _multiply_wide(0xD2511F53, c0)
-        high1, low1 = _multiply_wide(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    lane = j % 8
-    word = torch.where(lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3))
-    bits = torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
-    threshold = dropout_threshold(dropout_p)
-    inverse_keep = 65536 / threshold if threshold else 0.0
-    return (bits < threshold).to(dtype) * inverse_keep
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """How many of the 2^16 values are kept; the factor of a kept score is 2^16 over it."""
-    return math.floor((1 - dropout_p) * 65536 + 0.5)
-
-
-def _multiply_wide(a: int, b: torch.Tensor) -> Tensors2:
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def empty_output(q: torch.Tensor) -> torch.Tensor:

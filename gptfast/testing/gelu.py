@@ -1,0 +1,69 @@
+"""How gelu is tested.
+
+Options: approximate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from gptfast.ops import gelu
+from gptfast.testing.case import Case, Inputs, OpRow, Options
+from gptfast.testing.judge import Magnitude
+from gptfast.testing.memory import LAYOUTS
+
+
+def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
+    x = i["x"]
+    if options.get("approximate", "tanh") == "tanh":
+        c = x.clamp(-20, 20)
+        z = 2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3)
+        phi, tail = torch.sigmoid(z), torch.sigmoid(-z.abs())
+        slope = phi * torch.sigmoid(-z) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
+    else:
+        c = x.clamp(-30, 30)
+        z = c * c / 2
+        phi, tail = (torch.special.erfc(v * math.sqrt(0.5)) / 2 for v in (-c, c.abs()))
+        slope = torch.exp(-z) / math.sqrt(2 * math.pi)
+    # PyTorch's fp64 result, 1 + tanh, has no digits below 2^-53: 2^-52 is u32 2^-28.
+    phi = phi + 2.0**-28
+    # exp(z (1 + u)) = exp(z) (1 + u z): an error of u in the exponent moves the tail of Phi by u z.
+    moves = tail * z.abs()
+    terms = phi + c.abs() * slope
+    length = 16  # a polynomial of degree nine, an exp and a division
+    return {
+        "result": Magnitude(x.abs() * phi, x.abs() * moves, length),
+        "x": Magnitude(
+            dy.abs() * terms, dy.abs() * (moves + c.abs() * slope * (1 + z.abs())), length
+        ),
+    }
+
+
+def _cases() -> Iterator[Case]:
+    for approximate in ("tanh", "none"):
+        options = {"approximate": approximate}
+        for shape in ((), (1,), (4, 64), (3, 7, 11), (0,), (5, 0), (20_011,)):
+            yield Case("gelu", shape, options=options)
+        for values in ("large", "offset", "spread", "tiny", "nan"):
+            yield Case("gelu", (4, 129), values, options=options)
+        for layout in LAYOUTS[1:]:
+            yield Case("gelu", (6, 41), layout=layout, options=options)
+            yield Case("gelu", (6, 41), grad_layout=layout, options=options)
+
+
+ROW = OpRow(
+    inputs=lambda case, dtype, draw: {"x": draw(case.shape, case.values).to(dtype)},
+    call=lambda i, o: gelu(i["x"], **o),
+    peer=lambda i, o: F.gelu(i["x"], approximate=o.get("approximate", "tanh")),
+    magnitudes=_magnitudes,
+    gradients=("x",),
+    cases=tuple(_cases()),
+    examples=(Case("gelu", (6, 41)),),
+    gradchecks=tuple(Case("gelu", (3, 5), options={"approximate": a}) for a in ("none", "tanh")),
+    tail=lambda n: Case("gelu", (n,), options={"approximate": "none"} if n % 2 else {}),
+    many=Case("gelu", (300, 411)),
+)

@@ -1,0 +1,51 @@
+"""Where an op can run on this machine: every backend, on every device, at every SIMD level."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from gptfast import backend
+
+EXTENSION = backend.extension()
+ISAS = EXTENSION.cpu_isas() if EXTENSION else []
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Place(NamedTuple):
+    """A backend, on a device, at a SIMD level."""
+
+    backend: str
+    device: str = "cpu"
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.isa or self.device}"
+
+
+PLACES = [Place("torch"), *(Place("cpu", isa=isa) for isa in ISAS)]
+if INTERPRET:
+    PLACES.append(Place("triton"))
+if torch.cuda.is_available():
+    PLACES += [Place("torch", "cuda"), Place("triton", "cuda")]
+
+
+def implemented(op: str) -> list[Place]:
+    """The places where an op has an implementation."""
+    return [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+
+
+@contextlib.contextmanager
+def at_level(isa: str | None) -> Iterator[None]:
+    if isa is None:
+        yield
+        return
+    assert EXTENSION is not None
+    before = EXTENSION.cpu_isa()
+    EXTENSION.set_cpu_isa(isa)
+    yield
+    EXTENSION.set_cpu_isa(before)
