@@ -159,4 +159,13 @@ ROW = OpRow(
     ),
     tail=lambda n: Case("attention", (1, 2, 1, n, n + 2, n), options={"causal": n % 2 == 0}),
     many=Case("attention", (2, 4, 2, 200, 260, 32), options={"causal": True, "dropout_p": 0.1}),
+    reports=(
+        *(
+            Case("attention", (1, 4, 2, 512, 512, D), options={"causal": True})
+            for D in (64, 80, 128)
+        ),
+        Case("attention", (1, 2, 2, 512, 512, 256), options={"causal": True}),
+        Case("attention", (1, 4, 4, 300, 512, 64)),
+        Case("attention", (1, 2, 2, 256, 256, 64), options={"causal": True, "dropout_p": 0.1}),
+    ),
 )

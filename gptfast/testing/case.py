@@ -94,6 +94,8 @@ class OpRow:
         matrix_units: whether kernels may multiply in the storage dtype. PyTorch is then run in that
             dtype; otherwise in fp32, since every backend's elementwise arithmetic is fp32.
         float32_result: whether results are float32 whatever the inputs are.
+        reports: what the static report compiles for every target and executes to count bytes: real
+            widths, head dims and vocabularies, with so few rows that each takes seconds.
     """
 
     inputs: Callable[[Case, torch.dtype, Callable[..., torch.Tensor]], dict[str, Any]]
@@ -109,3 +111,4 @@ class OpRow:
     results: tuple[str, ...] = ("result",)
     matrix_units: bool = False
     float32_result: bool = False
+    reports: tuple[Case, ...] = ()

@@ -126,4 +126,9 @@ ROW = OpRow(
     ),
     tail=lambda n: Case("cross_entropy", (3, n)),
     many=Case("cross_entropy", (40, 2000)),
+    reports=(
+        Case("cross_entropy", (32, 50257)),
+        Case("cross_entropy", (32, 50304), options={"weight": True, "label_smoothing": 0.1}),
+        Case("cross_entropy", (16, 128256)),
+    ),
 )
