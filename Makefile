@@ -21,7 +21,7 @@ $(STAMP): requirements.txt pyproject.toml setup.py $(CPP)
 	@[ -n "$(PYTHON)" ] || { echo "gptfast needs Python 3.10 or newer: make PYTHON=..."; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --requirement requirements.txt
-	$(BIN)/python -m pip install --constraint requirements.txt --editable ".[test,lint]"
+	$(BIN)/python -m pip install --constraint requirements.txt --editable ".[hf,lint,test]"
 	@touch $@
 
 demo: venv ## train a small GPT on Shakespeare, let it write, and time it against PyTorch

@@ -24,7 +24,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -142,9 +142,9 @@ def save(
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in (*temporary.iterdir(), temporary):
-            _synchronise(path)
+            synchronise(path)
         temporary.rename(final)
-        _synchronise(directory)
+        synchronise(directory)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise OSError(
             f"cannot write {final}: {_root_cause(error)}; {last_good(directory)}"
@@ -300,37 +300,59 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def _load_model(config: GPTConfig, file: Path, device: torch.device | str) -> GPT:
-    with _open_weights(file) as weights:
-        names = weights.keys()
-        given = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
-        layers = len({name.split(".")[2] for name in given if name.startswith("transformer.h.")})
-        # Before the model is built: a wrong n_layer could ask for any amount of memory.
-        if layers != config.n_layer:
+def build_model(
+    config: GPTConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    source: Path,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """A model of weights that are read one at a time, after their names and shapes are checked.
+
+    Args:
+        config: sizes.
+        shapes: of every weight in `source`, by the model's names; the tied head counts once.
+        read: one weight by name.
+        source: what to call the file in an error.
+        device: where the model goes.
+
+    Raises:
+        ValueError: a weight is missing, unknown, or of another shape than the sizes say.
+    """
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
+    # Before the model is built: a wrong n_layer could ask for any amount of memory.
+    if layers != config.n_layer:
+        raise ValueError(
+            f"{source}: expected n_layer {config.n_layer} layers as in config.json, got {layers}"
+        )
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in sorted(expected.keys() ^ shapes.keys()):
+        state = "a" if name in expected else "no"
+        raise ValueError(f"{source}: expected {state} tensor {name} by config.json")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
             raise ValueError(
-                f"{file}: expected n_layer {config.n_layer} layers as in config.json, got {layers}"
+                f"{source}: expected {name} to be {shape} by config.json, got {shapes[name]}"
             )
-        with torch.device("meta"):
-            model = GPT(config)
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        for name in sorted(expected.keys() ^ given.keys()):
-            state = "a" if name in expected else "no"
-            raise ValueError(f"{file}: expected {state} tensor {name} by config.json")
-        for name, shape in expected.items():
-            if given[name] != shape:
-                raise ValueError(
-                    f"{file}: expected {name} to be {shape} by config.json, got {given[name]}"
-                )
-        model.to_empty(device=device)
-        model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # to_empty unties them
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights.get_tensor(name))
+    model.to_empty(device=device)
+    model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # to_empty unties them
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read(name))
     return model.eval()
 
 
+def _load_model(config: GPTConfig, file: Path, device: torch.device | str) -> GPT:
+    with open_weights(file) as weights:
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 - no mapping
+        return build_model(config, shapes, weights.get_tensor, file, device)
+
+
 @contextlib.contextmanager
-def _open_weights(file: Path) -> Iterator[Any]:
+def open_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file, whose tensors are read when asked for; ValueError if it is none."""
     try:
         with safe_open(file, framework="pt") as weights:
             yield weights
@@ -407,7 +429,8 @@ def _remove_leftovers(directory: Path) -> None:
         shutil.rmtree(path)
 
 
-def _synchronise(path: Path) -> None:
+def synchronise(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The command line: `gptfast prepare`, `train`, `generate` and `doctor`.
+"""The command line: `gptfast prepare`, `train`, `generate`, `export`, `validate` and `doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
 """
@@ -18,10 +18,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
+from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg, subcommand
 
 from gptfast import checkpoint
@@ -29,6 +31,9 @@ from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.data import prepare
 from gptfast.generate import generate_text, pick_device
+from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
+from gptfast.models import GPT, GPTConfig
+from gptfast.models.gpt import PRESETS as MODEL_PRESETS
 from gptfast.train import PRESETS, TrainConfig, read_settings, train
 
 DEFAULT_PRESET = "shakespeare-char-cpu"
@@ -93,7 +98,7 @@ class Generate:
     """Continue a prompt with a trained model."""
 
     checkpoint: str
-    """Folder of a run, whose best checkpoint is taken, or one step_* folder in it."""
+    """Run (its best checkpoint is taken), step_* folder, folder of Hugging Face's, or hf:NAME."""
     prompt: str = ""
     """Text to continue."""
     max_new_tokens: int = 200
@@ -117,7 +122,7 @@ class Generate:
 
     def run(self) -> int:
         """Print the prompt and what follows, and the speed on standard error."""
-        loaded = checkpoint.load(self.checkpoint, pick_device(self.device))
+        loaded = _load(self.checkpoint, pick_device(self.device))
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         pieces = generate_text(
             loaded.model,
@@ -144,6 +149,77 @@ class Generate:
             file=sys.stderr,
         )
         return 0
+
+
+@dataclass
+class Export:
+    """Write a model as a folder that Hugging Face's transformers loads."""
+
+    checkpoint: str
+    """Run, whose best checkpoint is taken, or one step_* folder in it."""
+    out: str
+    """Folder to make."""
+
+    def run(self) -> int:
+        """Export it and say how to load it."""
+        loaded = _load(self.checkpoint, torch.device("cpu"))
+        path = save_gpt2(loaded.model, self.out, loaded.tokenizer)
+        print(f"{path}: {loaded.model.num_parameters():,} parameters")
+        print(f'load with: transformers.AutoModelForCausalLM.from_pretrained("{path}")')
+        return 0
+
+
+@dataclass
+class Validate:
+    """Compare logits, loss and greedy text with transformers on the same weights."""
+
+    preset: Annotated[str, arg(metavar=f"{{{','.join(MODEL_PRESETS)}}}")] = "gpt2"
+    """Sizes of a model with seeded random weights, where no --checkpoint is given."""
+    checkpoint: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Run, step_* folder, folder of Hugging Face's, or hf:NAME from the hub."""
+    new_tokens: int = 200
+    """Length of the greedy continuation."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in both."""
+    seed: int = 0
+    """Of random weights."""
+
+    def run(self) -> int:
+        """Validate; the exit status is 1 where the models differ."""
+        from gptfast.validate import print_validation, validate
+
+        source: Path | GPT | GPTConfig = GPTConfig.preset(self.preset)
+        if self.checkpoint is not None:
+            source = _hf_folder(self.checkpoint) or checkpoint.load(self.checkpoint).model
+        console = Console()
+        with console.status("starting") as status:
+            result = validate(
+                source,
+                new_tokens=self.new_tokens,
+                dtype=getattr(torch, self.dtype),
+                seed=self.seed,
+                on_step=status.update,
+            )
+        print_validation(result, self.checkpoint or self.preset, console)
+        return 0 if result.passed else 1
+
+
+def _load(source: str, device: torch.device) -> checkpoint.Checkpoint:
+    """A checkpoint of ours, or a GPT-2 of Hugging Face's."""
+    folder = _hf_folder(source)
+    if folder is None:
+        return checkpoint.load(source, device)
+    model, tokenizer = load_gpt2(folder, device)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: expected GPT-2's vocabulary, got another one")
+    return checkpoint.Checkpoint(folder, 0, None, model, tokenizer)
+
+
+def _hf_folder(source: str) -> Path | None:
+    """The folder of Hugging Face's that is meant; None where it is none."""
+    if source.startswith("hf:"):
+        return download(source.removeprefix("hf:"))
+    return Path(source) if is_gpt2_folder(Path(source)) else None
 
 
 @dataclass
@@ -187,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(args: list[str]) -> Prepare | Train | Generate | Doctor:
+def _parse(args: list[str]) -> Prepare | Train | Generate | Export | Validate | Doctor:
     """The command that the arguments ask for.
 
     Raises:
@@ -200,6 +276,8 @@ def _parse(args: list[str]) -> Prepare | Train | Generate | Doctor:
         Annotated[Prepare, subcommand("prepare")]
         | Annotated[Train, subcommand("train", default=default)]
         | Annotated[Generate, subcommand("generate")]
+        | Annotated[Export, subcommand("export")]
+        | Annotated[Validate, subcommand("validate")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     boxed = io.StringIO()

@@ -1,0 +1,310 @@
+"""GPT-2 to and from Hugging Face's format, against transformers itself."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptfast import checkpoint
+from gptfast.cli import main
+from gptfast.integrations.huggingface import is_gpt2_folder, load_gpt2, save_gpt2
+from gptfast.models import GPT, GPTConfig
+from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
+from gptfast.validate import validate
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48)
+
+
+def new_model(config=SIZES):
+    """Random weights and biases, so large that a wrong one is seen."""
+    torch.manual_seed(3)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def weights(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def assert_same(model, other):
+    assert model.config == other.config
+    for (name, a), (other_name, b) in zip(
+        weights(model).items(), weights(other).items(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(a, b), name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_gpt2(new_model(), tmp_path / "folder")
+
+
+def their_model(config=SIZES, **changes):
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_positions=config.block_size,
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            **changes,
+        )
+    ).eval()
+
+
+# ---- Both ways -----------------------------------------------------------------------------------
+
+
+def test_a_round_trip_is_bit_exact(folder, tmp_path):
+    model, tokenizer = load_gpt2(folder)
+    assert tokenizer is None
+    assert_same(model, new_model())
+    again = save_gpt2(model, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_transformers_reads_what_we_write(folder):
+    idx = torch.randint(SIZES.vocab_size, (2, 20))
+    ours, theirs = new_model(), transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert isinstance(theirs, transformers.GPT2LMHeadModel)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_we_read_what_transformers_writes(tmp_path):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = load_gpt2(tmp_path)
+    idx = torch.randint(SIZES.vocab_size, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_a_model_without_biases_gets_zeros(tmp_path):
+    model = new_model(GPTConfig(16, 31, 2, 2, 24, bias=False))
+    loaded, _ = load_gpt2(save_gpt2(model, tmp_path / "folder"))
+    assert loaded.config.bias
+    idx = torch.randint(31, (2, 9))
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+
+
+def test_half_precision_weights_stay_what_they_are(tmp_path):
+    model = new_model().bfloat16()
+    path = save_gpt2(model, tmp_path / "folder")
+    stored = load_file(path / "model.safetensors")
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+    assert_same(load_gpt2(path)[0].bfloat16(), model)
+
+
+def test_shards(tmp_path):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    ours, _ = load_gpt2(tmp_path)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+
+
+def old_style(folder, tmp_path, **more):
+    """As files of 2019 are: no prefix, the masks as buffers, a pickle."""
+    stored = load_file(folder / "model.safetensors")
+    state = {name.removeprefix("transformer."): x for name, x in stored.items()}
+    for layer in range(SIZES.n_layer):
+        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_bytes((folder / "config.json").read_bytes())
+    torch.save({**state, **more}, old / "pytorch_model.bin")
+    return old
+
+
+def test_old_pickles_with_masks(folder, tmp_path):
+    assert_same(load_gpt2(old_style(folder, tmp_path))[0], new_model())
+
+
+def test_a_tied_head_may_be_stored_twice(folder, tmp_path):
+    head = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    assert_same(load_gpt2(old_style(folder, tmp_path, **{"lm_head.weight": head}))[0], new_model())
+
+
+# ---- Tokenizers ----------------------------------------------------------------------------------
+
+TEXT = (
+    "Hello world's 1234 h\u00e9llo\n\n  \u00fcmlaut \u6f22\u5b57 \U0001f642 don't  x\t\u00a0!<|end"
+)
+
+
+def test_transformers_reads_the_tokenizer(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    path = save_gpt2(GPT(config), tmp_path / "folder", GPT2Tokenizer())
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    assert theirs(TEXT)["input_ids"] == GPT2Tokenizer().encode(TEXT)
+    assert theirs.eos_token_id == 50256
+    assert theirs.model_max_length == 16
+    assert isinstance(load_gpt2(path)[1], GPT2Tokenizer)
+    (path / "vocab.json").write_text('{"a": 0}')
+    assert load_gpt2(path)[1] is None
+
+
+def test_other_tokenizers_are_kept(tmp_path):
+    path = save_gpt2(new_model(), tmp_path / "folder", CharTokenizer("abc"))
+    tokenizer = load_gpt2(path)[1]
+    assert isinstance(tokenizer, CharTokenizer)
+    assert tokenizer.chars == ("a", "b", "c")
+    (path / "gptfast_tokenizer.json").write_text(
+        json.dumps({"type": "char", "chars": [chr(200 + i) for i in range(102)]})
+    )
+    with pytest.raises(ValueError, match="expected at most vocab_size 101 tokens"):
+        load_gpt2(path)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("code in a checkpoint ran",)
+
+
+def test_code_in_a_pickle_does_not_run(folder, tmp_path, capsys):
+    old = old_style(folder, tmp_path)
+    (old / "pytorch_model.bin").write_bytes(pickle.dumps({"wte.weight": Bomb()}))
+    with pytest.raises(ValueError, match="expected tensors without code"):
+        load_gpt2(old)
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        ({"activation_function": "relu"}, "activation_function must be 'gelu_new' or"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon must be 1e-05, got 1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "must be False, got True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be True, got False"),
+        ({"n_inner": 7}, "n_inner must be 192 or null, got 7"),
+        ({"n_layer": 4}, "expected n_layer 4 layers as in config.json, got 3"),
+        ({"n_layer": 10**9}, "expected n_layer 1000000000 layers"),
+        ({"n_layer": "3"}, "n_layer must be an integer, got '3'"),
+        ({"n_head": 5}, "n_head must divide n_embd 48, got 5"),
+        ({"n_embd": 96}, r"to be \(101, 96\) by config.json, got \(101, 48\)"),
+        ({"vocab_size": 100}, r"to be \(100, 48\) by config.json, got \(101, 48\)"),
+        ({"n_positions": 0}, "block_size must be a positive integer, got 0"),
+    ],
+)
+def test_a_config_that_does_not_fit(folder, changes, message):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(folder)
+
+
+def test_files_that_are_no_checkpoint(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a folder with config"):
+        load_gpt2(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="expected a model's sizes"):
+        load_gpt2(tmp_path)
+    (folder / "model.safetensors").rename(folder / "x")
+    with pytest.raises(FileNotFoundError, match="got none of them"):
+        load_gpt2(folder)
+    data = (folder / "x").read_bytes()
+    for damaged in (data[:1000], b"", data[:-10], b"\xff" * 64):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="expected safetensors"):
+            load_gpt2(folder)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        load_gpt2(folder)
+
+
+@pytest.mark.parametrize("shard", ["../folder/model.safetensors", "/etc/passwd", "none", 7])
+def test_an_index_names_files_beside_it_only(folder, shard):
+    (folder / "model.safetensors").rename(folder / "x")
+    index = {"weight_map": {"transformer.wte.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected a (file beside it|weight_map)"):
+        load_gpt2(folder)
+
+
+def test_missing_unknown_and_untied_weights(folder):
+    file = folder / "model.safetensors"
+    stored = load_file(file)
+    name = "transformer.h.1.mlp.c_fc.bias"
+    save_file({n: x for n, x in stored.items() if n != name}, file)
+    with pytest.raises(ValueError, match=f"expected a tensor {name}"):
+        load_gpt2(folder)
+    save_file({**stored, "transformer.h.0.extra": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"expected no tensor transformer.h.0.extra"):
+        load_gpt2(folder)
+    save_file({**stored, "lm_head.weight": torch.ones(101, 48)}, file)
+    with pytest.raises(ValueError, match=r"expected lm_head.weight to be wte.weight"):
+        load_gpt2(folder)
+    save_file({"a": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"expected a tensor wte.weight, got none"):
+        load_gpt2(folder)
+
+
+def test_nothing_is_overwritten(folder, small_disk):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="expected no such file or folder"):
+        save_gpt2(new_model(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(OSError, match="No space left"):
+        save_gpt2(new_model(GPTConfig(8, 5000, 1, 2, 64)), small_disk / "folder")
+    assert list(small_disk.iterdir()) == []
+
+
+# ---- Validation and the command line -------------------------------------------------------------
+
+
+def test_validation_with_random_weights():
+    result = validate(GPTConfig(64, 50257, 2, 2, 32), new_tokens=30, batch=(2, 16))
+    assert result.passed
+    assert result.logits_error < 1e-5
+    assert result.loss == pytest.approx(result.their_loss, rel=1e-6)
+    assert result.text == result.their_text
+    assert len(result.tokens) == 30
+
+
+def test_validation_finds_a_wrong_model(folder, monkeypatch):
+    right = GPT.forward
+
+    def wrong(self, *args, **kwargs):
+        logits, loss = right(self, *args, **kwargs)
+        return logits + 2e-4, loss
+
+    assert validate(folder, new_tokens=5).passed
+    monkeypatch.setattr(GPT, "forward", wrong)
+    assert not validate(folder, new_tokens=5).passed
+
+
+def test_commands(tmp_path, capsys):
+    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8)
+    checkpoint.save(tmp_path / "run", 7, new_model(config), GPT2Tokenizer())
+    out = tmp_path / "hf"
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert is_gpt2_folder(out)
+    assert main(["validate", "--checkpoint", str(out), "--new-tokens", "5"]) == 0
+    assert "equal" in capsys.readouterr().out
+    texts = []
+    for source in (tmp_path / "run", out):
+        command = ["generate", "--checkpoint", str(source), "--greedy", "--max-new-tokens", "5"]
+        assert main([*command, "--prompt", "To be"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(out)]) == 2
+    assert "expected no such file or folder" in capsys.readouterr().err
+    assert main(["validate", "--checkpoint", str(tmp_path / "run"), "--new-tokens", "5"]) == 0
+    assert main(["validate", "--checkpoint", str(tmp_path)]) == 2
+    assert "expected a checkpoint, got a folder without step_*" in capsys.readouterr().err
