@@ -70,20 +70,30 @@ def missing(backend: str) -> str | None:
     return None
 
 
+def no_backward(*args: Any) -> Any:
+    """The `bwd` of an op that has a forward only."""
+    raise RuntimeError("the op has no backward")
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend of one op.
 
-    `why_not` gets what `Op.choose` gets and returns the reason to refuse it, or None.
+    `why_not` gets what `Op.choose` gets and returns
+    the reason to refuse it, or None.
     """
 
     fwd: Callable[..., Any]
-    bwd: Callable[..., Any]
+    bwd: Callable[..., Any] = no_backward
     why_not: Callable[..., str | None] | None = None
 
 
 def triton_implementation(
-    op: str, file: str | None = None, why_not: Callable[..., str | None] | None = None
+    op: str,
+    file: str | None = None,
+    why_not: Callable[..., str | None] | None = None,
+    *,
+    forward_only: bool = False,
 ) -> Implementation:
     """`<op>_fwd` and `<op>_bwd` of `gptfast.kernels.<file>`, imported when first called.
 
@@ -91,6 +101,7 @@ def triton_implementation(
         op: the op's name.
         file: where its kernels stand, if not in a file of the op's name.
         why_not: see `Implementation`.
+        forward_only: whether the op has no backward.
     """
 
     @cache
@@ -106,7 +117,8 @@ def triton_implementation(
 
         return launch
 
-    return Implementation(launcher("fwd"), launcher("bwd"), why_not)
+    bwd = no_backward if forward_only else launcher("bwd")
+    return Implementation(launcher("fwd"), bwd, why_not)
 
 
 _forced: str | None = None
@@ -162,6 +174,12 @@ class Op:
         self.implementations = implementations
         self._candidates: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {}
         OPS[name] = self
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """The names under which the op is registered: its forward, and its backward if any."""
+        forward_only = self.implementations["torch"].bwd is no_backward
+        return (f"{self.name}_fwd",) if forward_only else (f"{self.name}_fwd", f"{self.name}_bwd")
 
     def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
         """Why `backend` cannot run this op on these arguments, or None; x decides the device."""

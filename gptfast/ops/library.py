@@ -47,7 +47,8 @@ def define(
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
 
     def not_differentiable(ctx: Any, *grads: torch.Tensor) -> None:
-        raise RuntimeError(f"gptfast: {name} has no derivative (double backward is not supported)")
+        reason = "double backward is not supported" if name.endswith("_bwd") else "forward only"
+        raise RuntimeError(f"gptfast: {name} has no derivative ({reason})")
 
     op: torch._ops.OpOverload = getattr(torch.ops.gptfast, name).default
     function = _autograd_function(op, implementation, backward or not_differentiable, setup_context)

@@ -83,7 +83,7 @@ class OpRow:
         peer: PyTorch's.
         magnitudes: of every result and every gradient, from (fp64 inputs, options, dy of each
             result ...).
-        gradients: names of the inputs that get one.
+        gradients: names of the inputs that get one; none where the op has a forward only.
         cases: what the op is judged on.
         examples: plain cases, one for each way in which the op is registered or traced. The first
             returns something in which no element is a mean over rows.
@@ -93,7 +93,8 @@ class OpRow:
         results: names of what `call` returns; none may be the name of an input.
         matrix_units: whether kernels may multiply in the storage dtype. PyTorch is then run in that
             dtype; otherwise in fp32, since every backend's elementwise arithmetic is fp32.
-        float32_result: whether results are float32 whatever the inputs are.
+        float32_result: whether results are float32 whatever the inputs are; or the names of those
+            that are.
         reports: what the static report compiles for every target and executes to count bytes: real
             widths, head dims and vocabularies, with so few rows that each takes seconds.
     """
@@ -110,5 +111,5 @@ class OpRow:
     tail: Callable[[int], Case]
     results: tuple[str, ...] = ("result",)
     matrix_units: bool = False
-    float32_result: bool = False
+    float32_result: bool | tuple[str, ...] = False
     reports: tuple[Case, ...] = ()
