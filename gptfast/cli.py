@@ -1,4 +1,5 @@
-"""The command line: `gptfast prepare`, `train`, `generate`, `export`, `validate` and `doctor`.
+"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `export`, `validate` and
+`doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
 """
@@ -9,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import os
 import re
 import secrets
@@ -29,7 +31,8 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg,
 from gptfast import checkpoint
 from gptfast._version import __version__
 from gptfast.backend import use_backend
-from gptfast.data import prepare
+from gptfast.data import prepare, read_text
+from gptfast.evaluate import evaluate, print_scores, read_hellaswag, read_lambada
 from gptfast.generate import generate_text, pick_device
 from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
 from gptfast.models import GPT, GPTConfig
@@ -152,6 +155,55 @@ class Generate:
 
 
 @dataclass
+class Evaluate:
+    """Score a model on a text, HellaSwag and LAMBADA."""
+
+    checkpoint: str
+    """Run (its best checkpoint is taken), step_* folder, folder of Hugging Face's, or hf:NAME."""
+    text: Annotated[str | None, arg(metavar="FILE")] = None
+    """Text: loss, perplexity and bits per byte."""
+    stride: Annotated[int | None, arg(metavar="INT")] = None
+    """Tokens that the window over the text moves on by; fewer give each more context. None: all."""
+    hellaswag: Annotated[str | None, arg(metavar="FILE")] = None
+    """HellaSwag: JSON lines, or six lines an item; may be .gz or .bz2."""
+    lambada: Annotated[str | None, arg(metavar="FILE")] = None
+    """LAMBADA: JSON lines, or a passage a line; may be .gz or .bz2."""
+    limit: Annotated[int | None, arg(metavar="INT")] = None
+    """Only so many items of HellaSwag and LAMBADA. None: all."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the scores to this file."""
+
+    def run(self) -> int:
+        """Evaluate, with a progress bar, and print a table."""
+        if self.text is None and self.hellaswag is None and self.lambada is None:
+            raise ValueError("evaluate: expected --text, --hellaswag or --lambada, got none")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"evaluate: --limit must be at least 1, got {self.limit}")
+        # The files come first: what is wrong with them is known before a model is loaded.
+        text = None if self.text is None else read_text(self.text)
+        items = [] if self.hellaswag is None else read_hellaswag(self.hellaswag, self.limit)
+        passages = [] if self.lambada is None else read_lambada(self.lambada, self.limit)
+        loaded = _load(self.checkpoint, pick_device(self.device))
+        console = Console()
+        scores = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            text=text,
+            stride=self.stride,
+            hellaswag_items=items,
+            lambada_passages=passages,
+            console=console,
+        )
+        print_scores(scores, str(loaded.path), console)
+        if self.json is not None:
+            rows = [dataclasses.asdict(score) for score in scores]
+            self.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return 0
+
+
+@dataclass
 class Export:
     """Write a model as a folder that Hugging Face's transformers loads."""
 
@@ -263,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(args: list[str]) -> Prepare | Train | Generate | Export | Validate | Doctor:
+def _parse(args: list[str]) -> Prepare | Train | Generate | Evaluate | Export | Validate | Doctor:
     """The command that the arguments ask for.
 
     Raises:
@@ -276,6 +328,7 @@ def _parse(args: list[str]) -> Prepare | Train | Generate | Export | Validate | 
         Annotated[Prepare, subcommand("prepare")]
         | Annotated[Train, subcommand("train", default=default)]
         | Annotated[Generate, subcommand("generate")]
+        | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Validate, subcommand("validate")]
         | Annotated[Doctor, subcommand("doctor")]
