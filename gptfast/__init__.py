@@ -3,12 +3,14 @@
 from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.memory import keep_freed_memory
-from gptfast.ops import attention, cross_entropy, gelu, layer_norm
+from gptfast.ops import attention, bias_gelu, cross_entropy, embedding, gelu, layer_norm
 
 __all__ = [
     "__version__",
     "attention",
+    "bias_gelu",
     "cross_entropy",
+    "embedding",
     "gelu",
     "keep_freed_memory",
     "layer_norm",

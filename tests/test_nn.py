@@ -50,7 +50,7 @@ def test_elementwise_modules_replace_torchs(ours, theirs, options):
         assert_close_in_norm(ours.__name__, got, peer, exact)
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "GELU", "CrossEntropyLoss"])
+@pytest.mark.parametrize("name", ["LayerNorm", "GELU", "CrossEntropyLoss", "Embedding"])
 def test_constructors_are_torchs(name):
     ours, theirs = getattr(gptfast.nn, name), getattr(nn, name)
     assert inspect.signature(ours) == inspect.signature(theirs)

@@ -1,8 +1,9 @@
 """Drop-in modules over the ops, with torch's constructors, parameters and `state_dict`."""
 
 from gptfast.nn.attention import CausalSelfAttention, KVCache
+from gptfast.nn.embedding import Embedding
 from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.loss import CrossEntropyLoss
 
-__all__ = ["GELU", "CausalSelfAttention", "CrossEntropyLoss", "KVCache", "LayerNorm"]
+__all__ = ["GELU", "CausalSelfAttention", "CrossEntropyLoss", "Embedding", "KVCache", "LayerNorm"]

@@ -22,28 +22,32 @@ APPROXIMATIONS = ("none", "tanh")
 def reference_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
     """The formula in PyTorch."""
     xf = x.to(statistics_dtype(x.dtype))
-    return (xf * _phi(xf, approximate)).to(x.dtype).contiguous()
+    return (xf * gelu_phi(xf, approximate)).to(x.dtype).contiguous()
 
 
 def reference_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
     """The gradient formulas in PyTorch."""
-    xf = x.to(statistics_dtype(x.dtype))
-    phi = _phi(xf, approximate)
-    if approximate == "tanh":
-        # Beyond |x| = 10 the slope is 0 or 1; the clamp keeps x^2 from overflowing.
-        c = xf.clamp(-10, 10)
-        two_du = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
-        # 1 - Phi as a sigmoid: a subtraction would lose digits that the large factors bring back.
-        slope = phi + c * phi * _phi(-c, "tanh") * two_du
-    else:
-        slope = phi + xf.clamp(-15, 15) * torch.exp(-0.5 * xf * xf) / math.sqrt(2 * math.pi)
+    slope = gelu_slope(x.to(statistics_dtype(x.dtype)), approximate)
     return (dy * slope).to(x.dtype).contiguous()
 
 
-def _phi(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def gelu_phi(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """Phi(x)."""
     if approximate == "tanh":
         return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
     return 0.5 * torch.special.erfc(-x * math.sqrt(0.5))
+
+
+def gelu_slope(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """Phi(x) + x Phi'(x), the derivative of x Phi(x)."""
+    phi = gelu_phi(x, approximate)
+    if approximate == "tanh":
+        # Beyond |x| = 10 the slope is 0 or 1; the clamp keeps x^2 from overflowing.
+        c = x.clamp(-10, 10)
+        two_du = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
+        # 1 - Phi as a sigmoid: a subtraction would lose digits that the large factors bring back.
+        return phi + c * phi * gelu_phi(-c, "tanh") * two_du
+    return phi + x.clamp(-15, 15) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
 def cpu_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
@@ -114,6 +118,12 @@ gelu_fwd = define(
 )
 
 
+def check_approximate(op: str, approximate: str) -> None:
+    """Raise ValueError unless `approximate` names a form of Phi."""
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
 def gelu(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
     """y = x Phi(x), elementwise.
 
@@ -131,6 +141,5 @@ def gelu(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
     check_floating("gelu", "x", x)
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    check_approximate("gelu", approximate)
     return gelu_fwd(x, approximate)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,29 +18,55 @@ from gptfast.testing.judge import Magnitude
 from gptfast.testing.memory import LAYOUTS
 
 
-def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
-    x = i["x"]
-    if options.get("approximate", "tanh") == "tanh":
+class Sizes(NamedTuple):
+    """Of a = x Phi(x) and a', element by element: what their errors are proportional to.
+
+    value, slope: the absolute values of the terms of a and of a'. value_moves, slope_moves: their
+    condition, see `Magnitude`. curvature: how far a' moves when x does, by its own size.
+    """
+
+    value: torch.Tensor
+    value_moves: torch.Tensor
+    slope: torch.Tensor
+    slope_moves: torch.Tensor
+    curvature: torch.Tensor
+
+
+def activation_sizes(x: torch.Tensor, form: str) -> Sizes:
+    """`Sizes` of GELU, form "tanh" or "none", in fp64."""
+    if form == "tanh":
         c = x.clamp(-20, 20)
         z = 2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3)
         phi, tail = torch.sigmoid(z), torch.sigmoid(-z.abs())
-        slope = phi * torch.sigmoid(-z) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
+        density = phi * torch.sigmoid(-z) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
     else:
         c = x.clamp(-30, 30)
         z = c * c / 2
         phi, tail = (torch.special.erfc(v * math.sqrt(0.5)) / 2 for v in (-c, c.abs()))
-        slope = torch.exp(-z) / math.sqrt(2 * math.pi)
+        density = torch.exp(-z) / math.sqrt(2 * math.pi)
     # PyTorch's fp64 result, 1 + tanh, has no digits below 2^-53: 2^-52 is u32 2^-28.
     phi = phi + 2.0**-28
     # exp(z (1 + u)) = exp(z) (1 + u z): an error of u in the exponent moves the tail of Phi by u z.
     moves = tail * z.abs()
-    terms = phi + c.abs() * slope
-    length = 16  # a polynomial of degree nine, an exp and a division
+    bump = c.abs() * density
+    return Sizes(
+        x.abs() * phi,
+        x.abs() * moves,
+        phi + bump,
+        moves + bump * (1 + z.abs()),
+        # |x a''| <= |x| Phi' (2 + |x Phi'' / Phi'|), where the last is at most 2 + 3 |z|.
+        bump * (4 + 3 * z.abs()),
+    )
+
+
+LENGTH = 16  # of the sums in a: a polynomial of degree nine, an exp and a division
+
+
+def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
+    sizes = activation_sizes(i["x"], options.get("approximate", "tanh"))
     return {
-        "result": Magnitude(x.abs() * phi, x.abs() * moves, length),
-        "x": Magnitude(
-            dy.abs() * terms, dy.abs() * (moves + c.abs() * slope * (1 + z.abs())), length
-        ),
+        "result": Magnitude(sizes.value, sizes.value_moves, LENGTH),
+        "x": Magnitude(dy.abs() * sizes.slope, dy.abs() * sizes.slope_moves, LENGTH),
     }
 
 

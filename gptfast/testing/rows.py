@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gptfast.testing import attention, cross_entropy, gelu, layer_norm
+from gptfast.testing import attention, bias_gelu, cross_entropy, embedding, gelu, layer_norm
 from gptfast.testing.case import Case, OpRow
 
 OPS: Mapping[str, OpRow] = {
     "attention": attention.ROW,
+    "bias_gelu": bias_gelu.ROW,
     "cross_entropy": cross_entropy.ROW,
+    "embedding": embedding.ROW,
     "gelu": gelu.ROW,
     "layer_norm": layer_norm.ROW,
 }
