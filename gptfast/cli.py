@@ -1,5 +1,5 @@
-"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `export`, `validate` and
-`doctor`.
+"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `export`, `validate`,
+`plan` and `doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
 """
@@ -37,6 +37,7 @@ from gptfast.generate import generate_text, pick_device
 from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
 from gptfast.models import GPT, GPTConfig
 from gptfast.models.gpt import PRESETS as MODEL_PRESETS
+from gptfast.plan import make_plan, parse_gpus, parse_tokens, print_plan
 from gptfast.train import PRESETS, TrainConfig, read_settings, train
 
 DEFAULT_PRESET = "shakespeare-char-cpu"
@@ -275,6 +276,45 @@ def _hf_folder(source: str) -> Path | None:
 
 
 @dataclass
+class Plan:
+    """Plan a training run on paper: memory, throughput, time, checkpoint size."""
+
+    preset: Annotated[str, arg(metavar=f"{{{','.join(MODEL_PRESETS)}}}")] = "gpt2"
+    """Sizes of the model."""
+    gpus: Annotated[str, arg(metavar="NxCARD")] = "1xH100"
+    """Cards: 8xH100, 4xA100-40, RTX4090, ..."""
+    tokens: Annotated[str, arg(metavar="NUMBER")] = "10B"
+    """Tokens to train on; k, M, B and T stand for powers of a thousand."""
+    block_size: Annotated[int | None, arg(metavar="INT")] = None
+    """Tokens in a sequence. None: the preset's."""
+    batch_size: int = 8
+    """Sequences that one card takes at once."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Everything on every card, or weights, gradients and optimizer split among them."""
+    recompute: FlagCreatePairsOff[bool] = False
+    """Keep only the input of each block for backward."""
+    mfu: float = 0.4
+    """Assumed share of the cards' peak rate; 0.3 to 0.5 is what people report."""
+
+    def run(self) -> int:
+        """Print the plan."""
+        changes = {} if self.block_size is None else {"block_size": self.block_size}
+        gpus, card = parse_gpus(self.gpus)
+        plan = make_plan(
+            GPTConfig.preset(self.preset, **changes),
+            card,
+            gpus,
+            tokens=parse_tokens(self.tokens),
+            batch_size=self.batch_size,
+            strategy=self.strategy,
+            recompute=self.recompute,
+            mfu=self.mfu,
+        )
+        print_plan(plan, Console())
+        return 0
+
+
+@dataclass
 class Doctor:
     """Show what this machine and this installation can do."""
 
@@ -288,6 +328,9 @@ class Doctor:
         from gptfast.doctor import doctor
 
         return doctor(json=self.json, selftest=self.selftest)
+
+
+Command = Prepare | Train | Generate | Evaluate | Export | Validate | Plan | Doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(args: list[str]) -> Prepare | Train | Generate | Evaluate | Export | Validate | Doctor:
+def _parse(args: list[str]) -> Command:
     """The command that the arguments ask for.
 
     Raises:
@@ -331,6 +374,7 @@ def _parse(args: list[str]) -> Prepare | Train | Generate | Evaluate | Export | 
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Validate, subcommand("validate")]
+        | Annotated[Plan, subcommand("plan")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     boxed = io.StringIO()

@@ -258,7 +258,10 @@ def test_generate_without_a_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Expected one of {prepare, train, generate, evaluate, export, validate, doctor}"),
+        (
+            [],
+            "Expected one of {prepare, train, generate, evaluate, export, validate, plan, doctor}",
+        ),
         (["tarin"], "Unrecognized options: tarin"),
         (["train", "--n-layers=3"], "Unrecognized options: --n-layers"),
         (["train", "--n-layer=three"], "--n-layer"),
