@@ -39,6 +39,9 @@ test-slow: venv ## all tests
 bench: venv ## tokens per second against PyTorch
 	$(BIN)/python benchmarks/run.py
 
+static: venv ## registers, spills, bytes and matrix instructions of every Triton kernel, with no GPU
+	$(BIN)/python -m benchmarks.static_report --write
+
 lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +57,4 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow bench lint format clean
+.PHONY: help venv demo test test-slow bench static lint format clean

@@ -1,0 +1,76 @@
+"""The calls of registered ops that a case makes, with real arguments."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+
+import gptfast
+from gptfast.backend import OPS as BACKENDS
+from gptfast.backend import Implementation
+from gptfast.testing import OPS, Case, record_calls
+from gptfast.testing.case import VALUES
+
+
+class Call(NamedTuple):
+    """One call of a registered op, `layer_norm_bwd` for example."""
+
+    name: str
+    args: tuple[Any, ...]
+    reads: tuple[torch.Tensor, ...]
+    writes: tuple[torch.Tensor, ...]  # results, and arguments that are written to
+
+    def triton(self) -> Any:
+        """The triton backend's function for it; None where the op has none, or refuses."""
+        op = BACKENDS.get(self.name.rsplit("_", 1)[0])
+        implementation: Implementation | None = op.implementations.get("triton") if op else None
+        if implementation is None:
+            return None
+        if self.name.endswith("_bwd"):
+            return implementation.bwd
+        refuses = implementation.why_not
+        return None if refuses and refuses(*self.args) else implementation.fwd
+
+
+def registered_calls(case: Case, dtype: torch.dtype) -> list[Call]:
+    """Forward and backward of a case on the torch backend, as calls of registered ops."""
+    row = OPS[case.op]
+    generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+    def draw(shape: tuple[int, ...], values: str = "normal") -> torch.Tensor:
+        return VALUES[values](torch.randn(shape, generator=generator), dtype)
+
+    inputs = dict(row.inputs(case, dtype, draw))
+    for name in row.gradients:
+        if inputs[name] is not None:
+            inputs[name].requires_grad_()
+    with gptfast.use_backend("torch"), record_calls() as recorded:
+        outputs = row.call(inputs, case.options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if row.gradients:
+            dys = [draw(y.shape).to(y.dtype) for y in outputs]
+            torch.autograd.backward(outputs, dys)
+    return [_call(c.op, c.args, c.output) for c in recorded.calls]
+
+
+def _call(op: Any, args: tuple[Any, ...], output: Any) -> Call:
+    arguments = op._schema.arguments
+    written = [
+        a
+        for a, argument in zip(args, arguments, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    name = op.name().split("::")[1]
+    return Call(name, args, tuple(_tensors(args)), tuple(_tensors([output, written])))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested lists and tuples, each memory once."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach()]
+    if not isinstance(value, (list, tuple)):
+        return []
+    found = {t.data_ptr(): t for part in value for t in _tensors(part)}
+    return list(found.values())
