@@ -22,6 +22,7 @@ import triton.language as tl
 from gptfast.ops.attention import unit_stride
 from gptfast.ops.embedding import check_tokens
 from gptfast.targets import Target, target_of
+from gptfast.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Config:
     num_warps: int
 
 
+@tunable
 def pick_config(N: int, target: Target, backward: bool) -> Config:
     """Tiles for rows of N elements.
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from gptfast.targets import Target, target_of
+from gptfast.tuning import tunable
 
 # Tensors stand left of these in products: constexpr * tensor is no tensor in the interpreter.
 TWO_SQRT_2_OVER_PI = tl.constexpr(2 * 0.7978845608028654)
@@ -47,6 +48,7 @@ class Config:
     num_warps: int
 
 
+@tunable
 def pick_config(N: int, target: Target) -> Config:
     """Tiles for rows of N elements.
 

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
 
+from benchmarks.tune import tune_case
+from gptfast import tuning
 from gptfast.kernels import cross_entropy, layer_norm
-from gptfast.testing import CASES, DTYPES, OPS, run_case
+from gptfast.testing import CASES, DTYPES, OPS, Case, run_case
 
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
 
@@ -40,3 +45,29 @@ def test_rows_wider_than_a_block(monkeypatch):
     for case in CASES:
         if case.op in ("layer_norm", "cross_entropy") and work(case) <= 700:
             run_case(case, "triton")
+
+
+def test_tuning_changes_launches(tmp_path, monkeypatch):
+    # Times of the interpreter say nothing about a card, but it has something to tune: it runs one
+    # program after another, so that fewer and larger tiles are faster.
+    def measure(run):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    case = Case("gelu", (40_000,))
+    found = tune_case(case, torch.float32, "cpu", measure)
+    (tuned,) = found["sm_80"]["gelu.pick_config"].values()
+    assert tuned["block_n"] > 1024 or tuned["num_warps"] > 0
+    (tmp_path / "tuned.json").write_text(json.dumps(found))
+    monkeypatch.setenv("GPTFAST_TUNED", str(tmp_path / "tuned.json"))
+    tuning.forget()
+    with tuning.observed() as picked:
+        run_case(case, "triton")
+    monkeypatch.undo()
+    tuning.forget()
+    (config,) = picked.values()
+    assert {name: getattr(config, name) for name in tuned} == tuned
