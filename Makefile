@@ -17,11 +17,12 @@ help: ## this list
 
 venv: $(STAMP) ## .venv with pinned dependencies, and gptfast in it (editable; rebuilds C++ that changed)
 
-$(STAMP): requirements.txt pyproject.toml setup.py $(CPP)
+$(STAMP): requirements.txt requirements-ttsem.txt pyproject.toml setup.py $(CPP)
 	@[ -n "$(PYTHON)" ] || { echo "gptfast needs Python 3.10 or newer: make PYTHON=..."; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --requirement requirements.txt
 	$(BIN)/python -m pip install --constraint requirements.txt --editable ".[hf,lint,test]"
+	$(BIN)/python -m pip install --no-deps --ignore-requires-python --requirement requirements-ttsem.txt
 	@touch $@
 
 demo: venv ## train a small GPT on Shakespeare, let it write, and time it against PyTorch

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.tune import tune_case
-from gptfast import tuning
+from gptfast import backend, tuning
 from gptfast.kernels import cross_entropy, layer_norm
 from gptfast.testing import CASES, DTYPES, OPS, Case, run_case
 
@@ -37,6 +37,22 @@ def test_case(case, dtype):
 @pytest.mark.parametrize("n", [1, 15, 16, 17])
 def test_tails(op, n):
     run_case(OPS[op].tail(n), "triton")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_planted_wrong_value_is_found(op, monkeypatch):
+    implementations = backend.OPS[op].implementations
+    right = implementations["triton"]
+
+    def wrong(*args):
+        outputs = right.fwd(*args)
+        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        first[first.abs() == first.abs().max()] *= 1.001
+        return outputs
+
+    monkeypatch.setitem(implementations, "triton", backend.Implementation(wrong, right.bwd))
+    with pytest.raises(AssertionError, match="elements are wrong"):
+        run_case(OPS[op].examples[0], "triton")
 
 
 def test_rows_wider_than_a_block(monkeypatch):
