@@ -3,7 +3,15 @@
 from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.memory import keep_freed_memory
-from gptfast.ops import attention, bias_gelu, cross_entropy, embedding, gelu, layer_norm
+from gptfast.ops import (
+    attention,
+    bias_gelu,
+    cross_entropy,
+    embedding,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+)
 
 __all__ = [
     "__version__",
@@ -14,5 +22,6 @@ __all__ = [
     "gelu",
     "keep_freed_memory",
     "layer_norm",
+    "linear_cross_entropy",
     "use_backend",
 ]

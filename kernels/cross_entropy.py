@@ -1,19 +1,160 @@
 """Cross-entropy in Triton. The maths stands in `gptfast/ops/cross_entropy.py`.
 
-Forward: one program per row, which sweeps the vocabulary once with a running maximum and sum in
-each lane: x is read once. Backward: one program per block of a row, x read and dx written once.
+Forward: one program per row, which sweeps the vocabulary once with a running maximum and a running
+sum in each lane: x is read once. Backward: one program per block of a row, x read and dx written
+once; dx may be x.
+
+A row of 50257 half-precision logits starts at any even address, and 128-bit accesses want multiples
+of 16 bytes. So the blocks of a row are counted from its first aligned logit on. They need no mask
+either, which would cut the accesses just as well. What is left, fewer than 8 logits in front and
+less than a block behind, is swept together, with a mask.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from gptfast.kernels.tanh import tanh_and_slope
 from gptfast.ops.cross_entropy import check_targets
+from gptfast.targets import Target, target_of
+from gptfast.tuning import tunable
 
-MAX_BLOCK = 4096  # logits a program handles at a time: 16 fp32 values a thread at 8 warps
+MAX_BLOCK = 4096
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum before the first logit, finite
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is cut up."""
+
+    block_v: int  # logits that a program handles at a time, a power of two
+    num_warps: int
+
+
+@tunable
+def pick_config(V: int, target: Target) -> Config:
+    """Launch sizes for rows of V logits.
+
+    16 logits a thread: two or four 128-bit loads on their way at once, and some 60 registers for
+    logits, sums and (with label smoothing) weighted sums, so that 1024 threads fit into the 64 K
+    registers of a multiprocessor. 256 threads in a program: what a row leaves over behind its last
+    block stays small, and the reduction of the maximum, once a block, has 8 warps to wait for on
+    NVIDIA's cards, 4 on AMD's.
+    """
+    block_v = min(triton.next_power_of_2(max(V, 16)), MAX_BLOCK)
+    return Config(block_v, num_warps=max(block_v // 16 // target.warp_size, 1))
+
+
+@triton.jit
+def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/dx."""
+    if HAS_SOFTCAP:
+        z, slope = tanh_and_slope(x / softcap)
+        return z * softcap, slope
+    return x, 1.0
+
+
+@triton.jit
+def row_loss(
+    lse,
+    z_t,
+    w_t,
+    w_sum,
+    wz_sum,
+    V,
+    label_smoothing,
+    z_loss,
+    HAS_W: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """The loss of rows, from lse, the target's z, and sum_c w_c and sum_c w_c z_c."""
+    loss = (lse - z_t) * (1 - label_smoothing)
+    if HAS_W:
+        loss *= w_t
+    if SMOOTH:
+        loss += (w_sum * lse - wz_sum) * (label_smoothing / V)
+    return loss + lse * lse * z_loss
+
+
+@triton.jit
+def logit_gradient(
+    x,
+    is_target,
+    dloss,
+    lse,
+    w_t,
+    w,
+    w_sum,
+    V,
+    label_smoothing,
+    z_loss,
+    softcap,
+    HAS_W: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """dx, for arguments that are broadcast against x."""
+    z, slope = softcapped(x, softcap, HAS_SOFTCAP)
+    hit = w_t * (1 - label_smoothing)
+    a = lse * z_loss * 2 + hit
+    smooth = label_smoothing / V
+    if SMOOTH:
+        a += w_sum * smooth
+    dx = tl.exp(z - lse) * a
+    if SMOOTH:
+        dx -= w * smooth
+    return tl.where(is_target, dx - hit, dx) * dloss * slope
+
+
+@triton.jit
+def _row_blocks(row, V, ALIGN: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Index of the row's first aligned logit, logits before it, whole blocks from there on."""
+    aligned = tl.cdiv(row * V, ALIGN) * ALIGN
+    lead = tl.minimum(aligned - row * V, V).to(tl.int32)
+    return aligned, lead, (V - lead) // BLOCK_V
+
+
+@triton.jit
+def _left_over(start, lead, whole, V, BLOCK_V: tl.constexpr):
+    """Columns of a block of what is left over, and which of them exist."""
+    k = start + tl.arange(0, BLOCK_V)
+    return tl.where(k < lead, k, k + whole * BLOCK_V), k < V - whole * BLOCK_V
+
+
+@triton.jit
+def _take_in(
+    x,
+    mask,
+    w_ptr,
+    cols,
+    top,
+    total,
+    w_sum,
+    wz_sum,
+    softcap,
+    HAS_W: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Running maximum and sums with another block of logits."""
+    z, _ = softcapped(x.to(tl.float32), softcap, HAS_SOFTCAP)
+    if MASKED:
+        z = tl.where(mask, z, -float("inf"))
+    new_top = tl.maximum(top, tl.max(z, 0))
+    total = total * tl.exp(top - new_top) + tl.exp(z - new_top)
+    if SMOOTH:
+        wz = z
+        if HAS_W:
+            w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            w_sum += w
+            wz *= w
+        wz_sum += tl.where(mask, wz, 0.0)
+    return new_top, total, w_sum, wz_sum
 
 
 @triton.jit
@@ -26,8 +167,12 @@ def cross_entropy_fwd_kernel(
     V,
     ignore_index,
     label_smoothing,
+    z_loss,
+    softcap,
     HAS_W: tl.constexpr,
     SMOOTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """loss and lse of one row."""
@@ -37,35 +182,38 @@ def cross_entropy_fwd_kernel(
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         return
-    x_ptr += row * V
     offs = tl.arange(0, BLOCK_V)
-    top = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    top = LOWEST
     total = tl.zeros((BLOCK_V,), tl.float32)
-    weights = tl.zeros((BLOCK_V,), tl.float32)  # sum_c w_c and sum_c w_c x_c, for smoothing
-    weighted = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = start + offs
-        mask = cols < V
-        x = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
-        new_top = tl.maximum(top, x)
-        total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
-        top = new_top
-        if SMOOTH:
-            w = tl.where(mask, 1.0, 0.0)
-            if HAS_W:
-                w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            weights += w
-            weighted += tl.where(mask, w * x, 0.0)
-    row_top = tl.max(top, 0)
-    lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
+    w_sum = tl.zeros((BLOCK_V,), tl.float32)
+    wz_sum = tl.zeros((BLOCK_V,), tl.float32)
+    aligned, lead, whole = _row_blocks(row, V, ALIGN, BLOCK_V)
+    everywhere = offs >= 0
+    for block in range(whole):
+        cols = lead + block * BLOCK_V + offs
+        x = tl.load(x_ptr + aligned + block * BLOCK_V + offs)
+        top, total, w_sum, wz_sum = _take_in(
+            x, everywhere, w_ptr, cols, top, total, w_sum, wz_sum, softcap,
+            HAS_W, SMOOTH, HAS_SOFTCAP, False,
+        )  # fmt: skip
+    x_ptr += row * V
+    for start in range(0, V - whole * BLOCK_V, BLOCK_V):
+        cols, mask = _left_over(start, lead, whole, V, BLOCK_V)
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0)
+        top, total, w_sum, wz_sum = _take_in(
+            x, mask, w_ptr, cols, top, total, w_sum, wz_sum, softcap,
+            HAS_W, SMOOTH, HAS_SOFTCAP, True,
+        )  # fmt: skip
+    lse = top + tl.log(tl.sum(total, 0))
     # A target outside [0, V) makes the loss NaN: a look from the host would wait for the card.
     known = (t >= 0) & (t < V)
-    loss = lse - tl.load(x_ptr + t, mask=known, other=float("nan")).to(tl.float32)
-    if HAS_W:
-        loss *= tl.load(w_ptr + t, mask=known, other=0.0).to(tl.float32)
-    loss *= 1 - label_smoothing
-    if SMOOTH:
-        loss += (tl.sum(weights, 0) * lse - tl.sum(weighted, 0)) * (label_smoothing / V)
+    x_t = tl.load(x_ptr + t, mask=known, other=float("nan")).to(tl.float32)
+    z_t, _ = softcapped(x_t, softcap, HAS_SOFTCAP)
+    w_t = tl.load(w_ptr + t, mask=known, other=0.0).to(tl.float32) if HAS_W else 1.0
+    weights = tl.sum(w_sum, 0) if HAS_W else V
+    loss = row_loss(
+        lse, z_t, w_t, weights, tl.sum(wz_sum, 0), V, label_smoothing, z_loss, HAS_W, SMOOTH
+    )
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
@@ -82,40 +230,89 @@ def cross_entropy_bwd_kernel(
     V,
     ignore_index,
     label_smoothing,
+    z_loss,
+    softcap,
     HAS_W: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """dx of one block of a row."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = cols < V
-    t = tl.load(target_ptr + row)
-    dx_ptr += row * V
-    if t == ignore_index:
-        tl.store(dx_ptr + cols, tl.zeros((BLOCK_V,), dx_ptr.dtype.element_ty), mask=mask)
-        return
-    g = tl.load(dloss_ptr + row)
-    smooth = label_smoothing / V
-    x = tl.load(x_ptr + row * V + cols, mask=mask, other=0.0).to(tl.float32)
-    p = tl.exp(x - tl.load(lse_ptr + row))
-    if HAS_W:
-        known = (t >= 0) & (t < V)
-        hit = tl.load(w_ptr + t, mask=known, other=0.0).to(tl.float32) * (1 - label_smoothing)
-        w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        dx = p * (hit + tl.load(w_sum_ptr) * smooth) - w * smooth
+    block = tl.program_id(1)
+    aligned, lead, whole = _row_blocks(row, V, ALIGN, BLOCK_V)
+    offs = tl.arange(0, BLOCK_V)
+    if block < whole:
+        cols = lead + block * BLOCK_V + offs
+        at = aligned + block * BLOCK_V + offs
+        dx = _block_gradient(
+            dloss_ptr, tl.load(x_ptr + at), target_ptr, w_ptr, w_sum_ptr, lse_ptr, row, cols,
+            offs >= 0, V, ignore_index, label_smoothing, z_loss, softcap,
+            HAS_W, SMOOTH, HAS_SOFTCAP,
+        )  # fmt: skip
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty))
     else:
-        hit = 1 - label_smoothing
-        dx = p - smooth  # hit + smooth V = 1
-    dx = tl.where(cols == t, dx - hit, dx) * g
-    tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        cols, mask = _left_over((block - whole) * BLOCK_V, lead, whole, V, BLOCK_V)
+        at = row * V + cols
+        dx = _block_gradient(
+            dloss_ptr, tl.load(x_ptr + at, mask=mask, other=0.0), target_ptr, w_ptr, w_sum_ptr,
+            lse_ptr, row, cols, mask, V, ignore_index, label_smoothing, z_loss, softcap,
+            HAS_W, SMOOTH, HAS_SOFTCAP,
+        )  # fmt: skip
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _block(V: int) -> int:
-    return min(triton.next_power_of_2(max(V, 1)), MAX_BLOCK)
+@triton.jit
+def _block_gradient(
+    dloss_ptr,
+    x,
+    target_ptr,
+    w_ptr,
+    w_sum_ptr,
+    lse_ptr,
+    row,
+    cols,
+    mask,
+    V,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    HAS_W: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    t = tl.load(target_ptr + row)
+    known = (t >= 0) & (t < V)
+    w_t, w, w_sum = 1.0, 1.0, 1.0 * V
+    if HAS_W:
+        w_t = tl.load(w_ptr + t, mask=known, other=0.0).to(tl.float32)
+        if SMOOTH:
+            w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            w_sum = tl.load(w_sum_ptr)
+    is_target = cols == tl.where(known, t, -1).to(tl.int32)
+    dx = logit_gradient(
+        x.to(tl.float32), is_target, tl.load(dloss_ptr + row), tl.load(lse_ptr + row), w_t, w,
+        w_sum, V, label_smoothing, z_loss, softcap, HAS_W, SMOOTH, HAS_SOFTCAP,
+    )  # fmt: skip
+    return tl.where(t == ignore_index, 0.0, dx)
 
 
-def _warps(block: int) -> int:
-    return min(max(block // 256, 1), 8)
+def loss_flags(
+    weight: torch.Tensor | None, label_smoothing: float, softcap: float | None
+) -> dict[str, bool]:
+    """The constexpr flags that every kernel of a loss takes."""
+    return {
+        "HAS_W": weight is not None,
+        "SMOOTH": label_smoothing != 0,
+        "HAS_SOFTCAP": softcap is not None,
+    }
+
+
+def weight_sum(weight: torch.Tensor | None, label_smoothing: float) -> torch.Tensor | None:
+    """sum_c w_c, where smoothing needs it."""
+    return weight.sum(dtype=torch.float32) if weight is not None and label_smoothing else None
 
 
 def cross_entropy_fwd(
@@ -124,15 +321,18 @@ def cross_entropy_fwd(
     weight: torch.Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::cross_entropy_fwd`."""
     x, target = x.contiguous(), target.contiguous()
     M, V = x.shape
     if x.device.type == "cpu":
-        check_targets(target, V, ignore_index)
+        check_targets("cross_entropy", target, V, ignore_index)
     loss = torch.empty(M, dtype=torch.float32, device=x.device)
     lse = torch.empty_like(loss)
     if M:
+        config = pick_config(V, target_of(x.device))
         cross_entropy_fwd_kernel[(M,)](
             x,
             target,
@@ -142,10 +342,12 @@ def cross_entropy_fwd(
             V,
             ignore_index,
             label_smoothing,
-            HAS_W=weight is not None,
-            SMOOTH=label_smoothing != 0,
-            BLOCK_V=_block(V),
-            num_warps=_warps(_block(V)),
+            z_loss,
+            softcap or 0.0,
+            **loss_flags(weight, label_smoothing, softcap),
+            ALIGN=16 // x.element_size(),
+            BLOCK_V=config.block_v,
+            num_warps=config.num_warps,
         )
     return loss, lse
 
@@ -158,25 +360,32 @@ def cross_entropy_bwd(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
 ) -> torch.Tensor:
-    """The `triton` backend of `gptfast::cross_entropy_bwd`."""
+    """The `triton` backend of `gptfast::cross_entropy_bwd` and `cross_entropy_bwd_`."""
     x = x.contiguous()
     M, V = x.shape
-    dx = torch.empty_like(x)
+    dx = x if inplace else torch.empty_like(x)
     if x.numel():
-        cross_entropy_bwd_kernel[(M, triton.cdiv(V, _block(V)))](
+        config = pick_config(V, target_of(x.device))
+        cross_entropy_bwd_kernel[(M, triton.cdiv(V, config.block_v))](
             dloss.contiguous(),
             x,
             target.contiguous(),
             None if weight is None else weight.contiguous(),
-            None if weight is None else weight.sum(dtype=torch.float32),
+            weight_sum(weight, label_smoothing),
             lse.contiguous(),
             dx,
             V,
             ignore_index,
             label_smoothing,
-            HAS_W=weight is not None,
-            BLOCK_V=_block(V),
-            num_warps=_warps(_block(V)),
+            z_loss,
+            softcap or 0.0,
+            **loss_flags(weight, label_smoothing, softcap),
+            ALIGN=16 // x.element_size(),
+            BLOCK_V=config.block_v,
+            num_warps=config.num_warps,
         )
     return dx

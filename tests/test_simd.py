@@ -54,6 +54,21 @@ def test_exp_is_accurate_to_two_ulp(isa):
     assert (got[x.isneginf()] == 0).all()
 
 
+def test_tanh_and_its_slope_are_accurate_however_small(isa):
+    x = torch.cat([every_exponent(64), torch.linspace(-12, 12, 200_001)])
+    finite = ~x.isnan()
+    tanh = apply(C.simd_tanh, x)
+    assert ulps(tanh[finite], x[finite].double().tanh()).max() <= 3
+    assert tanh[~finite].isnan().all()
+    # exp(-2 |x|) passes on the rounding of its argument in units of the result, which is 0 to the
+    # last bit of its own where exp flushes.
+    near = finite & (x.abs() < 43)
+    slope, exact = apply(C.simd_tanh_slope, x)[near], x[near].double().cosh().pow(-2)
+    assert ((slope - exact).abs() <= 2.0**-24 * 8 * exact).all()
+    assert (apply(C.simd_tanh_slope, x)[finite & (x.abs() > 45)] == 0).all()
+    assert apply(C.simd_tanh_slope, x)[~finite].isnan().all()
+
+
 def test_erfc(isa):
     # Relative error: exp(-z^2) passes on the rounding of z^2, which is u z^2; the polynomial,
     # its division and the products add a few.

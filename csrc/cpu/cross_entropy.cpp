@@ -1,30 +1,31 @@
 // Cross-entropy of each row of logits x (M rows, V columns) with its target class t,
 // and its gradient.
 //
-//   lse = log sum_c exp(x_c)
-//   loss = (1 - s) w_t (lse - x_t) + (s / V) sum_c w_c (lse - x_c)      s: label smoothing
-//   dx_c = g [ a exp(x_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c ]    g: the row's gradient
-//          a = (1 - s) w_t + (s / V) sum_c w_c
+//   z = x, or k tanh(x / k) with a softcap k;   lse = log sum_c exp(z_c)
+//   loss = (1 - s) w_t (lse - z_t) + (s / V) sum_c w_c (lse - z_c) + zeta lse^2
+//   dz_c = g [ a exp(z_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c ],  dx_c = dz_c / cosh(x_c/k)^2
+//          a = (1 - s) w_t + (s / V) sum_c w_c + 2 zeta lse
 //
-// w are the class weights, 1 where none are given. A row whose target is `ignore_index` has loss 0
-// and gradient 0. Forward reads the logits once from memory: a running maximum and sum are updated
-// chunk by chunk, each chunk small enough to stay in the first-level cache. Backward reads and
-// writes once.
+// with label smoothing s, z-loss zeta and the row's incoming gradient g. w are the class weights, 1
+// where none are given. A row whose target is `ignore_index` has loss 0 and gradient 0. Forward
+// reads the logits once from memory: a running maximum and sum are updated chunk by chunk, each
+// chunk small enough to stay in the first-level cache. Backward reads and writes once; dx may be x.
 #include <cfloat>
 
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 
-// target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). Returns the first row whose
-// target is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
-DECLARE_KERNEL(cross_entropy_fwd, int64_t(const void* x, const int64_t* target, const float* weight,
-                                          float* loss, float* lse, int64_t M, int64_t V,
-                                          int64_t ignore_index, float smoothing, DType dtype))
+// target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). softcap: 0 for none. Returns the
+// first row whose target is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
+DECLARE_KERNEL(cross_entropy_fwd,
+               int64_t(const void* x, const int64_t* target, const float* weight, float* loss,
+                       float* lse, int64_t M, int64_t V, int64_t ignore_index, float smoothing,
+                       float z_loss, float softcap, DType dtype))
 DECLARE_KERNEL(cross_entropy_bwd,
                void(const float* dloss, const void* x, const int64_t* target, const float* weight,
                     const float* lse, void* dx, int64_t M, int64_t V, int64_t ignore_index,
-                    float smoothing, DType dtype))
+                    float smoothing, float z_loss, float softcap, DType dtype))
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
@@ -40,19 +41,32 @@ inline float sum(const float* w, int64_t V) {
   return reduce_add(total);
 }
 
-template <class T>
-float log_sum_exp(const T* x, int64_t V) {
+// What becomes of a logit before everything else: nothing, or k tanh(x / k).
+struct Plain {
+  f32v operator()(f32v x) const { return x; }
+  f32v slope(f32v) const { return set1(1.0f); }
+};
+struct Softcap {
+  float k;
+  f32v operator()(f32v x) const { return k * tanh(x / k); }
+  f32v slope(f32v x) const { return tanh_slope(x / k); }
+};
+
+template <class T, class Cap>
+float log_sum_exp(const T* x, Cap cap, int64_t V) {
   float running_max = -FLT_MAX, running_sum = 0;
   for (int64_t begin = 0; begin < V; begin += kChunk) {
     const int64_t n = V - begin < kChunk ? V - begin : kChunk;
-    f32v top = set1(running_max);
+    f32v top = set1(-FLT_MAX);
     for_each_vector(n, [&](int64_t c, auto part) {
       top = max(part.live(part.load(x + begin + c), set1(-FLT_MAX)), top);
     });
-    const float new_max = reduce_max(top);
+    // The cap is monotonic: the largest logit stays the largest.
+    const float chunk_max = cap(set1(reduce_max(top)))[0];
+    const float new_max = chunk_max > running_max ? chunk_max : running_max;
     f32v total{};
     for_each_vector(n, [&](int64_t c, auto part) {
-      total += part.live(exp(part.load(x + begin + c) - new_max), f32v{});
+      total += part.live(exp(cap(part.load(x + begin + c)) - new_max), f32v{});
     });
     running_sum = running_sum * std::exp(running_max - new_max) + reduce_add(total);
     running_max = new_max;
@@ -60,21 +74,22 @@ float log_sum_exp(const T* x, int64_t V) {
   return running_max + std::log(running_sum);
 }
 
-template <class T>
-float smoothing_loss(const T* x, const float* weight, float lse,
-                     int64_t V) {  // sum_c w_c (lse - x_c)
+template <class T, class Cap>
+float smoothing_loss(const T* x, Cap cap, const float* weight, float lse,
+                     int64_t V) {  // sum_c w_c (lse - z_c)
   f32v total{};
   for_each_vector(V, [&](int64_t c, auto part) {
-    f32v term = lse - part.load(x + c);
+    f32v term = lse - cap(part.load(x + c));
     if (weight) term *= part.load(weight + c);
     total += part.live(term, f32v{});
   });
   return reduce_add(total);
 }
 
-template <class T>
-void forward(const T* x, const int64_t* target, const float* weight, float* loss, float* lse,
-             int64_t M, int64_t V, int64_t ignore_index, float smoothing) {
+template <class T, class Cap>
+void forward(const T* x, Cap cap, const int64_t* target, const float* weight, float* loss,
+             float* lse, int64_t M, int64_t V, int64_t ignore_index, float smoothing,
+             float z_loss) {
   parallel_for(M, rows_per_thread(V), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = target[i];
@@ -83,19 +98,20 @@ void forward(const T* x, const int64_t* target, const float* weight, float* loss
         continue;
       }
       const T* row = x + i * V;
-      lse[i] = log_sum_exp(row, V);
+      lse[i] = log_sum_exp(row, cap, V);
       const float w = weight ? weight[t] : 1.0f;
-      const float logit = load_n(row + t, 1)[0];
+      const float logit = cap(load_n(row + t, 1))[0];
       loss[i] = (1 - smoothing) * w * (lse[i] - logit);
-      if (smoothing != 0) loss[i] += smoothing / V * smoothing_loss(row, weight, lse[i], V);
+      if (smoothing != 0) loss[i] += smoothing / V * smoothing_loss(row, cap, weight, lse[i], V);
+      if (z_loss != 0) loss[i] += z_loss * lse[i] * lse[i];
     }
   });
 }
 
-template <class T>
-void backward(const float* dloss, const T* x, const int64_t* target, const float* weight,
-              const float* lse, T* dx, int64_t M, int64_t V, int64_t ignore_index,
-              float smoothing) {
+template <class T, class Cap>
+void backward(const float* dloss, const T* x, Cap cap, const int64_t* target, const float* weight,
+              const float* lse, T* dx, int64_t M, int64_t V, int64_t ignore_index, float smoothing,
+              float z_loss) {
   const float smooth = smoothing / V;
   const float weight_sum = weight && smoothing != 0 ? sum(weight, V) : V;
   parallel_for(M, rows_per_thread(V), [&](int64_t begin, int64_t end) {
@@ -109,39 +125,52 @@ void backward(const float* dloss, const T* x, const int64_t* target, const float
       }
       const float g = dloss[i];
       const float hit = (1 - smoothing) * (weight ? weight[t] : 1.0f);
-      const float scale = g * (hit + smooth * weight_sum);
+      const float scale = g * (hit + smooth * weight_sum + 2 * z_loss * lse[i]);
+      const f32v at_target = load_n(row + t, 1);  // before dx overwrites it, if it does
       for_each_vector(V, [&](int64_t c, auto part) {
-        f32v grad = scale * exp(part.load(row + c) - lse[i]);
+        const f32v logit = part.load(row + c);
+        f32v grad = scale * exp(cap(logit) - lse[i]);
         if (smooth != 0) grad -= g * smooth * (weight ? part.load(weight + c) : set1(1.0f));
-        part.store(out + c, grad);
+        part.store(out + c, grad * cap.slope(logit));
       });
       // The target's entry once more, in fp32 before it is rounded to the storage type.
-      float grad = scale * exp(load_n(row + t, 1) - lse[i])[0] - g * hit;
-      if (smooth != 0) grad -= g * smooth * (weight ? weight[t] : 1.0f);
-      store_n(out + t, set1(grad), 1);
+      f32v grad = scale * exp(cap(at_target) - lse[i]) - g * hit;
+      if (smooth != 0) grad -= set1(g * smooth * (weight ? weight[t] : 1.0f));
+      store_n(out + t, grad * cap.slope(at_target), 1);
     }
+  });
+}
+
+template <class Body>  // calls body(T{}, cap)
+void with_dtype_and_cap(DType dtype, float softcap, Body&& body) {
+  with_dtype(dtype, [&](auto t) {
+    if (softcap != 0)
+      body(t, Softcap{softcap});
+    else
+      body(t, Plain{});
   });
 }
 
 int64_t cross_entropy_fwd(const void* x, const int64_t* target, const float* weight, float* loss,
                           float* lse, int64_t M, int64_t V, int64_t ignore_index, float smoothing,
-                          DType dtype) {
+                          float z_loss, float softcap, DType dtype) {
   for (int64_t i = 0; i < M; ++i)
     if (target[i] != ignore_index && (target[i] < 0 || target[i] >= V)) return i;
-  with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    forward(static_cast<const T*>(x), target, weight, loss, lse, M, V, ignore_index, smoothing);
+  with_dtype_and_cap(dtype, softcap, [&](auto t, auto cap) {
+    forward(static_cast<const decltype(t)*>(x), cap, target, weight, loss, lse, M, V, ignore_index,
+            smoothing, z_loss);
   });
   return -1;
 }
 
 void cross_entropy_bwd(const float* dloss, const void* x, const int64_t* target,
                        const float* weight, const float* lse, void* dx, int64_t M, int64_t V,
-                       int64_t ignore_index, float smoothing, DType dtype) {
-  with_dtype(dtype, [&](auto t) {
+                       int64_t ignore_index, float smoothing, float z_loss, float softcap,
+                       DType dtype) {
+  with_dtype_and_cap(dtype, softcap, [&](auto t, auto cap) {
     using T = decltype(t);
-    backward(dloss, static_cast<const T*>(x), target, weight, lse, static_cast<T*>(dx), M, V,
-             ignore_index, smoothing);
+    backward(dloss, static_cast<const T*>(x), cap, target, weight, lse, static_cast<T*>(dx), M, V,
+             ignore_index, smoothing, z_loss);
   });
 }
 

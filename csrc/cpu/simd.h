@@ -1,5 +1,5 @@
 // The vector layer: fp32 vectors of one machine register, loads and stores that convert from and to
-// bf16 and fp16, and the two transcendental functions that the kernels need.
+// bf16 and fp16, and the few transcendental functions that the kernels need.
 //
 // Every file of csrc/cpu/ is compiled once per instruction set with GPTFAST_ISA (a namespace name)
 // and GPTFAST_VECTOR_BYTES set by setup.py. Arithmetic is written with the compiler's vector
@@ -224,7 +224,7 @@ inline void for_each_vector(int64_t n, Body&& body) {
   if (i < n) body(i, Tail{n - i});
 }
 
-// ---- exp, erfc ----------------------------------------------------------------------------------
+// ---- exp, erfc, tanh ----------------------------------------------------------------------------
 // Polynomials fitted for the least relative error (Lawson-weighted least squares in fp64).
 
 // 2^n for integral n in [-126, 127]
@@ -266,6 +266,21 @@ inline f32v erfc_nonnegative(f32v z) {
   p = p * t + 2.248800578e-01f;
   p = p * t + 2.257106552e-01f;
   return exp(-z * z) * t * p;
+}
+
+// tanh(y): (1 - e) / (1 + e) with e = exp(-2 |y|); below 1/2, where 1 - e cancels, y + y^3 q(y^2).
+inline f32v tanh(f32v y) {
+  const f32v e = exp(-2.0f * abs(y)), square = y * y;
+  f32v q = square * 1.724154688e-2f - 5.304551870e-2f;
+  q = q * square + 1.332587898e-1f;
+  q = q * square - 3.333314359e-1f;
+  const f32v large = (1.0f - e) / (1.0f + e);
+  return select(abs(y) < 0.5f, y * square * q + y, select(y < 0.0f, -large, large));
+}
+// Its slope, 1 / cosh(y)^2, which 1 - tanh(y)^2 would lose to cancellation.
+inline f32v tanh_slope(f32v y) {
+  const f32v e = exp(-2.0f * abs(y)), r = 1.0f / (1.0f + e);
+  return 4.0f * e * r * r;
 }
 
 }  // namespace

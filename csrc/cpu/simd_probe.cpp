@@ -4,6 +4,8 @@
 
 DECLARE_KERNEL(simd_exp, void(const float* x, float* y, int64_t n))
 DECLARE_KERNEL(simd_erfc, void(const float* x, float* y, int64_t n))
+DECLARE_KERNEL(simd_tanh, void(const float* x, float* y, int64_t n))
+DECLARE_KERNEL(simd_tanh_slope, void(const float* x, float* y, int64_t n))
 DECLARE_KERNEL(simd_convert, void(const void* x, DType from, void* y, DType to, int64_t n))
 
 namespace gptfast::GPTFAST_ISA {
@@ -15,6 +17,13 @@ void simd_exp(const float* x, float* y, int64_t n) {
 void simd_erfc(const float* x, float* y, int64_t n) {
   for_each_vector(
       n, [&](int64_t i, auto part) { part.store(y + i, erfc_nonnegative(part.load(x + i))); });
+}
+void simd_tanh(const float* x, float* y, int64_t n) {
+  for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, tanh(part.load(x + i))); });
+}
+void simd_tanh_slope(const float* x, float* y, int64_t n) {
+  for_each_vector(n,
+                  [&](int64_t i, auto part) { part.store(y + i, tanh_slope(part.load(x + i))); });
 }
 void simd_convert(const void* x, DType from, void* y, DType to, int64_t n) {
   with_dtype(from, [&](auto f) {
@@ -31,6 +40,8 @@ void simd_convert(const void* x, DType from, void* y, DType to, int64_t n) {
 
 REGISTER_KERNEL(simd_exp)
 REGISTER_KERNEL(simd_erfc)
+REGISTER_KERNEL(simd_tanh)
+REGISTER_KERNEL(simd_tanh_slope)
 REGISTER_KERNEL(simd_convert)
 
 #ifdef GPTFAST_BASELINE
@@ -38,6 +49,8 @@ REGISTER_KERNEL(simd_convert)
 void register_simd_probe(pybind11::module_& m) {
   gptfast::bind_kernel(m, "simd_exp", gptfast::kernel_simd_exp);
   gptfast::bind_kernel(m, "simd_erfc", gptfast::kernel_simd_erfc);
+  gptfast::bind_kernel(m, "simd_tanh", gptfast::kernel_simd_tanh);
+  gptfast::bind_kernel(m, "simd_tanh_slope", gptfast::kernel_simd_tanh_slope);
   gptfast::bind_kernel(m, "simd_convert", gptfast::kernel_simd_convert);
 }
 #endif

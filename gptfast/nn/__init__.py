@@ -4,6 +4,14 @@ from gptfast.nn.attention import CausalSelfAttention, KVCache
 from gptfast.nn.embedding import Embedding
 from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
-from gptfast.nn.loss import CrossEntropyLoss
+from gptfast.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 
-__all__ = ["GELU", "CausalSelfAttention", "CrossEntropyLoss", "Embedding", "KVCache", "LayerNorm"]
+__all__ = [
+    "GELU",
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "Embedding",
+    "KVCache",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+]

@@ -6,5 +6,14 @@ from gptfast.ops.cross_entropy import cross_entropy
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["attention", "bias_gelu", "cross_entropy", "embedding", "gelu", "layer_norm"]
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+]

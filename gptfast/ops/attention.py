@@ -272,7 +272,7 @@ attention_fwd = define(
     _fake_fwd,
     backward=_backward,
     setup_context=_setup_context,
-    autocast=True,
+    autocast=("q", "k", "v"),
 )
 
 

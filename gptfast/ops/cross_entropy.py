@@ -1,18 +1,20 @@
 """Cross-entropy of logits x (M, V) with target classes t (M,), a loss per row.
 
-lse = log sum_c exp(x_c)
-loss = (1 - s) w_t (lse - x_t) + (s / V) sum_c w_c (lse - x_c)
+z = x, or k tanh(x / k) with a softcap k;   lse = log sum_c exp(z_c)
+loss = (1 - s) w_t (lse - z_t) + (s / V) sum_c w_c (lse - z_c) + zeta lse^2
 
-with class weights w (1 where none are given) and label smoothing s; 0 where t is `ignore_index`.
-Backward, for an incoming gradient g per row and a = (1 - s) w_t + (s / V) sum_c w_c:
+with class weights w (1 where none are given), label smoothing s and z-loss zeta; 0 where t is
+`ignore_index`. Backward, for an incoming gradient g per row and
+a = (1 - s) w_t + (s / V) sum_c w_c + 2 zeta lse:
 
-dx_c = g (a exp(x_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c)
+dz_c = g (a exp(z_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c),   dx_c = dz_c / cosh(x_c / k)^2
 
 Sums and means over rows are left to PyTorch: they cost M reads next to M V.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,29 +34,37 @@ REDUCTIONS = ("none", "mean", "sum")
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 
 
+def _softcapped(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
 def reference_fwd(
     x: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
 ) -> Tensors2:
     """The formula in PyTorch."""
     V = x.shape[-1]
-    xf = x.to(statistics_dtype(x.dtype))
+    z = _softcapped(x.to(statistics_dtype(x.dtype)), softcap)
     ignored = target == ignore_index
     if x.device.type == "cpu":  # elsewhere the look would wait for the device; gather asserts there
-        check_targets(target, V, ignore_index)
+        check_targets("cross_entropy", target, V, ignore_index)
     t = target.masked_fill(ignored, 0)
-    lse = xf.new_zeros(x.shape[0])
+    lse = z.new_zeros(x.shape[0])
     if V:  # not torch.logsumexp: an infinite logit is to make the loss NaN, as in PyTorch's own
-        top = xf.amax(-1)
-        lse = top + (xf - top[:, None]).exp().sum(-1).log()
-    w = xf.new_ones(V) if weight is None else weight.to(xf.dtype)
-    hit = (lse - xf.gather(1, t[:, None])[:, 0]) * w[t] if V else lse
+        top = z.amax(-1)
+        lse = top + (z - top[:, None]).exp().sum(-1).log()
+    w = z.new_ones(V) if weight is None else weight.to(z.dtype)
+    hit = (lse - z.gather(1, t[:, None])[:, 0]) * w[t] if V else lse
     loss = (1 - label_smoothing) * hit
     if label_smoothing:
-        loss = loss + label_smoothing / V * ((lse[:, None] - xf) * w).sum(-1)
+        loss = loss + label_smoothing / V * ((lse[:, None] - z) * w).sum(-1)
+    if z_loss:
+        loss = loss + z_loss * lse.square()
     return loss.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
 
 
@@ -66,20 +76,26 @@ def reference_bwd(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
 ) -> torch.Tensor:
     """The gradient formulas in PyTorch."""
     M, V = x.shape
     xf = x.to(statistics_dtype(x.dtype))
+    z = _softcapped(xf, softcap)
     ignored = target == ignore_index
     t = target.masked_fill(ignored, 0)
-    w = xf.new_ones(V) if weight is None else weight.to(xf.dtype)
-    hit = (1 - label_smoothing) * (w[t] if V else xf.new_zeros(M))
-    a = hit + label_smoothing / max(V, 1) * w.sum()
-    dx = a[:, None] * torch.exp(xf - lse[:, None]) - label_smoothing / max(V, 1) * w
+    w = z.new_ones(V) if weight is None else weight.to(z.dtype)
+    hit = (1 - label_smoothing) * (w[t] if V else z.new_zeros(M))
+    a = hit + label_smoothing / max(V, 1) * w.sum() + 2 * z_loss * lse
+    dx = a[:, None] * torch.exp(z - lse[:, None]) - label_smoothing / max(V, 1) * w
     if V:
         dx.scatter_add_(1, t[:, None], -hit[:, None])
+    if softcap is not None:  # not 1 - (z / k)^2, which cancels where z is close to k
+        dx = dx * torch.cosh(xf / softcap).square().reciprocal()
     dx = (dx * dloss[:, None]).masked_fill(ignored[:, None], 0)
-    return dx.to(x.dtype).contiguous()
+    return x.copy_(dx) if inplace else dx.to(x.dtype).contiguous()
 
 
 def cpu_fwd(
@@ -88,6 +104,8 @@ def cpu_fwd(
     weight: torch.Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
 ) -> Tensors2:
     """The `cpu` backend of the forward op."""
     x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
@@ -104,10 +122,12 @@ def cpu_fwd(
         V,
         ignore_index,
         label_smoothing,
+        z_loss,
+        softcap or 0.0,
         backend.DTYPE_CODES[x.dtype],
     )
     if bad_row >= 0:
-        _raise_bad_target(target, bad_row, V, ignore_index)
+        _raise_bad_target("cross_entropy", target, bad_row, V, ignore_index)
     return loss, lse
 
 
@@ -119,11 +139,14 @@ def cpu_bwd(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
 ) -> torch.Tensor:
     """The `cpu` backend of the backward op."""
     x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
     dloss, lse = dloss.contiguous(), lse.contiguous()
-    dx = torch.empty_like(x)
+    dx = x if inplace else torch.empty_like(x)
     backend.extension().cross_entropy_bwd(  # type: ignore[union-attr]
         dloss.data_ptr(),
         x.data_ptr(),
@@ -135,21 +158,23 @@ def cpu_bwd(
         x.shape[1],
         ignore_index,
         label_smoothing,
+        z_loss,
+        softcap or 0.0,
         backend.DTYPE_CODES[x.dtype],
     )
     return dx
 
 
-def check_targets(target: torch.Tensor, V: int, ignore_index: int) -> None:
+def check_targets(op: str, target: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raise IndexError naming the first target outside [0, V) that is not ignored (it waits)."""
     bad = ((target < 0) | (target >= V)) & (target != ignore_index)
     if bad.any():
-        _raise_bad_target(target, int(bad.nonzero()[0]), V, ignore_index)
+        _raise_bad_target(op, target, int(bad.nonzero()[0]), V, ignore_index)
 
 
-def _raise_bad_target(target: torch.Tensor, row: int, V: int, ignore_index: int) -> None:
+def _raise_bad_target(op: str, target: torch.Tensor, row: int, V: int, ignore_index: int) -> None:
     raise IndexError(
-        f"cross_entropy: target must be in [0, {V}) or ignore_index {ignore_index}, "
+        f"{op}: target must be in [0, {V}) or ignore_index {ignore_index}, "
         f"got {int(target[row])} at position {row}"
     )
 
@@ -164,26 +189,20 @@ OP = backend.Op(
 )
 
 
-def _fwd(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensors2:
-    return OP.choose(x).fwd(x, target, weight, ignore_index, label_smoothing)
+def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
+    return OP.choose(x).fwd(x, *args[:-1])  # inplace_backward is for _setup_context
 
 
-def _bwd(
-    dloss: torch.Tensor,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    lse: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> torch.Tensor:
-    return OP.choose(x).bwd(dloss, x, target, weight, lse, ignore_index, label_smoothing)
+def _bwd(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return OP.choose(x).bwd(dloss, x, *args, False)
+
+
+def _bwd_inplace(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
+    if not x.is_contiguous():
+        raise RuntimeError(f"cross_entropy_bwd_: x must be contiguous, got strides {x.stride()}")
+    OP.choose(x).bwd(dloss, x, *args, True)
+    # Kernels write through a pointer, unseen by autograd: a second backward must be refused.
+    torch.autograd.graph.increment_version(x)
 
 
 def _fake_fwd(x: torch.Tensor, *_: Any) -> Tensors2:
@@ -192,7 +211,7 @@ def _fake_fwd(x: torch.Tensor, *_: Any) -> Tensors2:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
-    x, target, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+    x, target, weight, *ctx.options, ctx.inplace = inputs
     _, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(x, target, weight, lse)
@@ -200,19 +219,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
 
 def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
     x, target, weight, lse = ctx.saved_tensors
-    dx = cross_entropy_bwd(dloss, x, target, weight, lse, ctx.ignore_index, ctx.label_smoothing)
-    return None, dx, None, None, None, None
+    # Under create_graph the gradient must say that it has no derivative, which x cannot.
+    if ctx.inplace and not torch.is_grad_enabled():
+        cross_entropy_bwd_(dloss, x, target, weight, lse, *ctx.options)
+        dx = x
+    else:
+        dx = cross_entropy_bwd(dloss, x, target, weight, lse, *ctx.options)
+    return (None, dx, *(None,) * 7)
 
 
+BACKWARD_ARGUMENTS = (
+    "Tensor target, Tensor? weight, Tensor lse, SymInt ignore_index, float label_smoothing,"
+    " float z_loss, float? softcap"
+)
 cross_entropy_bwd = define(
-    "cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor lse,"
-    " SymInt ignore_index, float label_smoothing) -> Tensor",
+    f"cross_entropy_bwd(Tensor dloss, Tensor x, {BACKWARD_ARGUMENTS}) -> Tensor",
     _bwd,
     lambda dloss, x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
+cross_entropy_bwd_ = define(  # x becomes dx
+    f"cross_entropy_bwd_(Tensor dloss, Tensor(a!) x, {BACKWARD_ARGUMENTS}) -> ()",
+    _bwd_inplace,
+    lambda *_: None,
+)
 cross_entropy_fwd = define(
     "cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, SymInt ignore_index,"
-    " float label_smoothing) -> (Tensor, Tensor)",
+    " float label_smoothing, float z_loss, float? softcap, bool inplace_backward)"
+    " -> (Tensor, Tensor)",
     _fwd,
     _fake_fwd,
     backward=_backward,
@@ -227,6 +260,10 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
 ) -> torch.Tensor:
     """loss = -log softmax(logits)[target], averaged over the targets that are not ignored.
 
@@ -237,6 +274,15 @@ def cross_entropy(
         ignore_index: rows with this target contribute no loss and no gradient.
         reduction: "mean" (divides by the sum of the targets' weights), "sum" or "none".
         label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
+        z_loss: adds z_loss * logsumexp(logits)^2 to every row that is not ignored, whatever its
+            class weight; the returned loss includes it.
+        softcap: k replaces the logits by k tanh(logits / k) before everything else (which makes
+            logits of -inf finite); None leaves them.
+        inplace_backward: backward overwrites the logits with their gradient instead of allocating
+            as much again. Whoever needs the logits after backward must not ask for it; autograd
+            raises where another backward needs them, and at a second backward. With
+            `create_graph=True` nothing is overwritten. Compiled code overwrites what it is given,
+            and is not asked whose memory that is.
 
     Returns:
         Scalar, or (...) for "none"; float32 whatever the dtype of the logits (float64 for float64).
@@ -244,42 +290,109 @@ def cross_entropy(
 
     Raises:
         TypeError: logits not floating point, or target not int64.
-        ValueError: shapes that do not fit, unknown reduction, label_smoothing outside [0, 1].
+        ValueError: shapes that do not fit, unknown reduction, label_smoothing outside [0, 1],
+            z_loss negative, softcap not positive.
         IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss is
             NaN (torch backend: a device-side assertion).
-        RuntimeError: tensors on different devices.
+        RuntimeError: tensors on different devices; inplace_backward for logits that require grad
+            and do not fill contiguous memory of their own, or that are a leaf or a view of one.
 
-    Source: Szegedy et al., "Rethinking the Inception Architecture", 2015, for label smoothing.
+    Source: Szegedy et al., "Rethinking the Inception Architecture", 2015, for label smoothing;
+        Chowdhery et al., "PaLM", 2022, for the z-loss; Gemma Team, "Gemma 2", 2024, for softcap.
     """
     check_floating("cross_entropy", "logits", logits)
     if logits.dim() == 0:
         raise ValueError("cross_entropy: logits must be (..., V), got a scalar")
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(
-            f"cross_entropy: target must be an int64 tensor, got {type(target).__name__}"
-        )
-    if target.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: target must be int64 class indices, got {target.dtype}")
-    check_shape("cross_entropy", "target", target, tuple(logits.shape[:-1]))
     V = logits.shape[-1]
-    if weight is not None:
-        weight = weight.detach()
-        check_floating("cross_entropy", "weight", weight)
-        check_shape("cross_entropy", "weight", weight, (V,))
-    check_device("cross_entropy", logits.device, target=target, weight=weight)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"cross_entropy: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-
+    weight = checked_loss_arguments(
+        "cross_entropy", logits, V, target, weight, reduction, label_smoothing, z_loss, softcap
+    )
+    if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+        _check_overwritable(logits)
     rows = target.reshape(-1)
     loss, _ = cross_entropy_fwd(
-        logits.reshape(rows.shape[0], V), rows, weight, ignore_index, label_smoothing
+        logits.reshape(rows.shape[0], V),
+        rows,
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        inplace_backward,
     )
+    return reduced(loss, target, weight, ignore_index, reduction)
+
+
+def checked_loss_arguments(
+    op: str,
+    x: torch.Tensor,
+    V: int,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """Check what `cross_entropy` and `linear_cross_entropy` share, x being (..., columns).
+
+    Returns:
+        The class weights, detached.
+    """
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"{op}: target must be an int64 tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be int64 class indices, got {target.dtype}")
+    check_shape(op, "target", target, tuple(x.shape[:-1]))
+    if weight is not None:
+        weight = weight.detach()
+        check_floating(op, "weight", weight)
+        check_shape(op, "weight", weight, (V,))
+    check_device(op, x.device, target=target, weight=weight)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{op}: z_loss must be finite and not negative, got {z_loss}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be finite and positive, or None; got {softcap}")
+    return weight
+
+
+def _check_overwritable(logits: torch.Tensor) -> None:
+    """Raise unless a backward may put the gradient of the logits into their memory."""
+    problem = None
+    if not logits.is_contiguous():
+        problem = f"strides {logits.stride()} for shape {tuple(logits.shape)}"
+    elif logits.is_leaf:
+        problem = "a leaf"
+    elif not torch.compiler.is_compiling():  # where neither question can be asked
+        base = logits._base if logits._is_view() else None
+        if logits.untyped_storage().nbytes() != logits.numel() * logits.element_size():
+            problem = "a part of a larger tensor"
+        elif base is not None and base.is_leaf and base.requires_grad:
+            problem = "a view of a leaf"
+    if problem:
+        raise RuntimeError(
+            "cross_entropy: with inplace_backward the logits must be contiguous, fill their memory "
+            f"and be computed from something else, got {problem}"
+        )
+
+
+def reduced(
+    loss: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> torch.Tensor:
+    """The losses of all rows, (M,), in target's shape, or their sum or mean."""
     if reduction == "none":
         return loss.reshape(target.shape)
     if reduction == "sum":
         return loss.sum()
+    rows = target.reshape(-1)
     counted = rows != ignore_index
     if weight is None:
         return loss.sum() / counted.sum()

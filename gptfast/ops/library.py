@@ -6,7 +6,7 @@ much.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-    autocast: bool = False,
+    autocast: Collection[str] = (),
 ) -> Callable[..., Any]:
     """Register one op as `torch.ops.gptfast.<name>` and return a function that calls it.
 
@@ -38,7 +38,8 @@ def define(
         backward: autograd formula, `backward(ctx, *grads)`, returning None for the keyset and then
             a gradient per input; without it the op refuses differentiation.
         setup_context: `setup_context(ctx, inputs, output)`, saves what backward needs.
-        autocast: cast floating-point tensors to the autocast dtype, as torch does for products.
+        autocast: names of the tensors that are cast to the autocast dtype, as torch does for
+            products.
     """
     name = schema.split("(", 1)[0]
     qualified = f"gptfast::{name}"
@@ -62,7 +63,7 @@ def define(
     LIBRARY.impl(name, autograd_rule, "Autograd", with_keyset=True)
     if autocast:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            LIBRARY.impl(name, _autocast_rule(op, key, device), key)
+            LIBRARY.impl(name, _autocast_rule(op, autocast, key, device), key)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _plain_eager(args):
@@ -137,16 +138,19 @@ def _autograd_function(
     )
 
 
-def _autocast_rule(op: torch._ops.OpOverload, key: str, device: str) -> Callable[..., Any]:
+def _autocast_rule(
+    op: torch._ops.OpOverload, names: Collection[str], key: str, device: str
+) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    is_cast = [argument.name in names for argument in op._schema.arguments]
 
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         cast = [
             a.to(dtype)
-            if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype != torch.float64
+            if chosen and a is not None and a.is_floating_point() and a.dtype != torch.float64
             else a
-            for a in args
+            for a, chosen in zip(args, is_cast, strict=False)
         ]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast)

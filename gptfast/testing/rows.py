@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gptfast.testing import attention, bias_gelu, cross_entropy, embedding, gelu, layer_norm
+from gptfast.testing import (
+    attention,
+    bias_gelu,
+    cross_entropy,
+    embedding,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+)
 from gptfast.testing.case import Case, OpRow
 
 OPS: Mapping[str, OpRow] = {
@@ -14,5 +22,6 @@ OPS: Mapping[str, OpRow] = {
     "embedding": embedding.ROW,
     "gelu": gelu.ROW,
     "layer_norm": layer_norm.ROW,
+    "linear_cross_entropy": linear_cross_entropy.ROW,
 }
 CASES: tuple[Case, ...] = tuple(case for row in OPS.values() for case in row.cases)

@@ -1,0 +1,260 @@
+"""Cross-entropy of the logits x w^T + b, which are never stored all at once.
+
+x (M, C), w (V, C), b (V,), target classes t (M,), a loss per row; losses and dlogits as in
+`gptfast/ops/cross_entropy.py`. Backward:
+
+dx = dlogits w,   dw = dlogits^T x,   db_j = sum_i dlogits_ij
+
+Forward keeps the log-sum-exp of every row and nothing else; backward computes the logits again,
+chunk by chunk. That is 8 M V C operations instead of 6, for 2 M V numbers less of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gptfast import backend
+from gptfast.ops.cross_entropy import OP as CROSS_ENTROPY
+from gptfast.ops.cross_entropy import check_targets, checked_loss_arguments, reduced
+from gptfast.ops.library import (
+    check_device,
+    check_dtypes,
+    check_floating,
+    check_shape,
+    define,
+    statistics_dtype,
+)
+
+Tensors2 = tuple[torch.Tensor, torch.Tensor]
+Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Logits in a chunk: 64 MiB of fp32. Of GPT-2's vocabulary that is 333 rows, which are enough for a
+# product to run at the processor's full rate.
+CHUNK = 2**24
+
+
+def _chunks(
+    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Chunks of rows and their logits, all in the same memory: the next one overwrites it."""
+    M, V = x.shape[0], w.shape[0]
+    size = min(M, max(1, CHUNK // max(V, 1)))
+    memory = x.new_empty(size, V)
+    for start in range(0, M, max(size, 1)):
+        rows = slice(start, min(start + size, M))
+        logits = memory[: rows.stop - start]
+        if b is None:
+            torch.mm(x[rows], w.mT, out=logits)
+        else:
+            torch.addmm(b, x[rows], w.mT, out=logits)
+        yield rows, logits
+
+
+def _chunked(losses: backend.Implementation) -> backend.Implementation:
+    """Both passes by PyTorch's products and one backend of cross_entropy, on chunks of rows."""
+
+    def fwd(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        target: torch.Tensor,
+        b: torch.Tensor | None,
+        class_weight: torch.Tensor | None,
+        ignore_index: int,
+        *options: Any,
+    ) -> Tensors2:
+        if x.device.type == "cpu":  # here, for the chunks would name the place in the chunk
+            check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+        loss = x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype))
+        lse = torch.empty_like(loss)
+        for rows, logits in _chunks(x, w, b):
+            loss[rows], lse[rows] = losses.fwd(
+                logits, target[rows], class_weight, ignore_index, *options
+            )
+        return loss, lse
+
+    def bwd(
+        dloss: torch.Tensor,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        target: torch.Tensor,
+        b: torch.Tensor | None,
+        class_weight: torch.Tensor | None,
+        lse: torch.Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float | None,
+        needs: list[bool],
+    ) -> Tensors3:
+        options = (ignore_index, label_smoothing, z_loss, softcap)
+        sums = statistics_dtype(x.dtype)
+        dx = x.new_empty(x.shape if needs[0] else 0)
+        dw = w.new_zeros(w.shape if needs[1] else 0, dtype=sums)
+        db = w.new_zeros(w.shape[0] if needs[2] else 0, dtype=sums)
+        for rows, logits in _chunks(x, w, b):
+            dlogits = losses.bwd(
+                dloss[rows], logits, target[rows], class_weight, lse[rows], *options, True
+            )
+            if needs[0]:
+                torch.mm(dlogits, w, out=dx[rows])
+            if needs[1] and x.dtype == sums:
+                dw.addmm_(dlogits.mT, x[rows])
+            elif needs[1]:
+                dw += dlogits.mT @ x[rows]
+            if needs[2]:
+                db += dlogits.sum(0, dtype=sums)
+        return dx, dw.to(w.dtype), db.to(w.dtype)
+
+    return backend.Implementation(fwd, bwd)
+
+
+OP = backend.Op(
+    "linear_cross_entropy",
+    {name: _chunked(CROSS_ENTROPY.implementations[name]) for name in ("torch", "cpu")},
+)
+
+
+def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
+    return OP.choose(x).fwd(x, *args)
+
+
+def _bwd(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> Tensors3:
+    return OP.choose(x).bwd(dloss, x, *args)
+
+
+def _fake_fwd(x: torch.Tensor, *_: Any) -> Tensors2:
+    loss = x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype))
+    return loss, torch.empty_like(loss)
+
+
+def _fake_bwd(dloss: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *args: Any) -> Tensors3:
+    needs = args[-1]
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        w.new_empty(w.shape if needs[1] else 0),
+        w.new_empty(w.shape[0] if needs[2] else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
+    x, w, target, b, class_weight, *ctx.options = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(x, w, target, b, class_weight, lse)
+
+
+def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]  # x, w, b; 0 is the keyset
+    dx, dw, db = linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, needs)
+    return (
+        None,
+        dx if needs[0] else None,
+        dw if needs[1] else None,
+        None,
+        db if needs[2] else None,
+        *(None,) * 5,
+    )
+
+
+OPTIONS = "SymInt ignore_index, float label_smoothing, float z_loss, float? softcap"
+linear_cross_entropy_bwd = define(
+    "linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor w, Tensor target, Tensor? b,"
+    f" Tensor? class_weight, Tensor lse, {OPTIONS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _fake_bwd,
+)
+linear_cross_entropy_fwd = define(
+    "linear_cross_entropy_fwd(Tensor x, Tensor w, Tensor target, Tensor? b, Tensor? class_weight,"
+    f" {OPTIONS}) -> (Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=("x", "w", "b"),
+)
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    linear_bias: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """cross_entropy(x linear_weight^T + linear_bias, target) without storing the logits.
+
+    The names are those of `torch.nn.functional.linear_cross_entropy`; `weight` are class weights
+    there, in `cross_entropy` and here.
+
+    Args:
+        x: (..., C), any strides; float32, bfloat16, float16 (float64 on the torch backend).
+        linear_weight: (V, C), in x's dtype. It may be an embedding's weight too: autograd adds up.
+        target: (...), int64 class indices in [0, V), or `ignore_index`.
+        linear_bias: (V,), in x's dtype, or None for 0.
+        weight: (V,) class weights, or None for 1. They get no gradient.
+        ignore_index: rows with this target contribute no loss and no gradient.
+        reduction: "mean" (divides by the sum of the targets' weights), "sum" or "none".
+        label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
+        z_loss: adds z_loss * logsumexp(logits)^2 to every row that is not ignored, whatever its
+            class weight; the returned loss includes it.
+        softcap: k replaces the logits by k tanh(logits / k) before everything else.
+
+    Returns:
+        Scalar, or (...) for "none"; float32 whatever x's dtype (float64 for float64). Under
+        autocast x, linear_weight and linear_bias are cast to its dtype.
+
+    Raises:
+        TypeError: not floating point, dtypes differ, or target not int64.
+        ValueError: shapes that do not fit, or an option out of its range, as in `cross_entropy`.
+        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss is
+            NaN (torch backend: a device-side assertion).
+        RuntimeError: tensors on different devices.
+
+    Limits:
+        Extra memory, beside the gradients asked for: `CHUNK` (2^24) logits in x's dtype, or one row
+        if V is larger; in backward twice or four times as much for their gradient, and the sums of
+        the weight's gradient in float32.
+
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
+    """
+    op = "linear_cross_entropy"
+    for name, tensor in (("x", x), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None:
+            check_floating(op, name, tensor)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (..., C), got a scalar")
+    C = x.shape[-1]
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != C:
+        raise ValueError(f"{op}: linear_weight must be (V, {C}), got {tuple(linear_weight.shape)}")
+    V = linear_weight.shape[0]
+    check_shape(op, "linear_bias", linear_bias, (V,))
+    # Autocast makes one dtype of several, but leaves float64 alone, as PyTorch's own does.
+    given = [t.dtype for t in (x, linear_weight, linear_bias) if t is not None]
+    if not torch.is_autocast_enabled(x.device.type) or torch.float64 in given:
+        check_dtypes(op, x.dtype, linear_weight=linear_weight, linear_bias=linear_bias)
+    check_device(op, x.device, linear_weight=linear_weight, linear_bias=linear_bias)
+    weight = checked_loss_arguments(
+        op, x, V, target, weight, reduction, label_smoothing, z_loss, softcap
+    )
+    rows = target.reshape(-1)
+    loss, _ = linear_cross_entropy_fwd(
+        x.reshape(rows.shape[0], C),
+        linear_weight,
+        rows,
+        linear_bias,
+        weight,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+    )
+    return reduced(loss, target, weight, ignore_index, reduction)
