@@ -109,10 +109,11 @@ def triton_implementation(
         return getattr(importlib.import_module(f"gptfast.kernels.{file or op}"), f"{op}_{name}")
 
     def launcher(name: str) -> Callable[..., Any]:
-        def launch(x: torch.Tensor, *args: Any) -> Any:
-            if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        def launch(x: torch.Tensor | list[torch.Tensor], *args: Any) -> Any:
+            device = x[0].device if isinstance(x, list) else x.device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return kernel(name)(x, *args)
-            with torch.cuda.device(x.device):  # Triton launches on the current device
+            with torch.cuda.device(device):  # Triton launches on the current device
                 return kernel(name)(x, *args)
 
         return launch
@@ -167,13 +168,19 @@ OPS: dict[str, Op] = {}  # every op by name, once gptfast.ops is imported
 
 
 class Op:
-    """An op's name and its implementations by backend; entered in `OPS`."""
+    """An op's name and its implementations by backend.
 
-    def __init__(self, name: str, implementations: Mapping[str, Implementation]) -> None:
+    Entered in `OPS` unless it is not `listed`, because no row of `gptfast.testing` can describe it.
+    """
+
+    def __init__(
+        self, name: str, implementations: Mapping[str, Implementation], listed: bool = True
+    ) -> None:
         self.name = name
         self.implementations = implementations
         self._candidates: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {}
-        OPS[name] = self
+        if listed:
+            OPS[name] = self
 
     @property
     def registered(self) -> tuple[str, ...]:

@@ -86,6 +86,17 @@ def _repair_reductions(reduce_ops: Any) -> None:
     reduce_ops.apply_impl = repaired
 
 
+def _repair_index() -> None:
+    """A number that was loaded is an array of one element, which NumPy 2.4 takes for no index."""
+    patch = interpreter._patch_lang_tensor
+
+    def repaired(tensor: Any, *args: Any) -> None:
+        patch(tensor, *args)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = repaired
+
+
 def install() -> None:
     """Repair the interpreter of this process; calling it again changes nothing."""
     builder = interpreter.InterpreterBuilder
@@ -100,3 +111,4 @@ def install() -> None:
     builder.create_dot = _in_fp32(builder.create_dot, round_result=False)
     _repair_casts(builder)
     _repair_reductions(interpreter.ReduceOps)
+    _repair_index()

@@ -1,0 +1,269 @@
+"""AdamW over any number of tensors in one step, with the gradients' norm clipped on the way.
+
+For gradient g, parameter w (its fp32 master copy, where it has one) and step t = 1, 2, ...:
+
+norm = |all g| / scale,  c = min(1, max_norm / (norm + 1e-6)),  g <- +-c g / scale
+m <- m + (1 - beta1) (g - m),  v <- beta2 v + (1 - beta2) g^2
+w <- w - lr lambda w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+lambda is the weight decay, the sign is minus for `maximize`, and scale is that of a `GradScaler`.
+Where its found_inf is not 0, nothing changes, t included.
+
+The op writes to its arguments and has no derivative. Kernels see the tensors through a table of
+addresses, so that a step takes the same few launches however many tensors there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from gptfast import backend
+from gptfast.ops.library import define, statistics_dtype
+
+Tensors = list[torch.Tensor]
+CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
+
+
+class Settings(NamedTuple):
+    """What the parameters of one group have in common."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: float  # 0.0 or 1.0: `hyper` is a list of floats
+
+
+def settings_of(hyper: Sequence[float]) -> list[Settings]:
+    """The groups in the op's flat list."""
+    n = len(Settings._fields)
+    return [Settings(*hyper[at : at + n]) for at in range(0, len(hyper), n)]
+
+
+def reference_fwd(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    groups: list[int],
+    hyper: list[float],
+    lrs: Tensors,
+    max_norm: float | None,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> torch.Tensor:
+    """The formula in PyTorch, a tensor at a time."""
+    inverse = 1.0 if grad_scale is None else 1 / grad_scale
+    norm = params[0].new_empty(0, dtype=torch.float32)
+    clip: float | torch.Tensor = 1.0
+    if max_norm is not None:
+        squares = [
+            torch.linalg.vector_norm(g, dtype=statistics_dtype(g.dtype)).square() for g in grads
+        ]
+        norm = torch.stack(squares).sum().sqrt() * inverse
+        clip = (max_norm / (norm + CLIP_EPS)).clamp(max=1)
+    keeps = None if found_inf is None else found_inf == 0  # on the device: no sync
+    for i, step in enumerate(steps):
+        step += 1 if keeps is None else keeps.to(step.dtype)
+        s = settings_of(hyper)[groups[i]]
+        p, m, v = params[i], exp_avgs[i], exp_avg_sqs[i]
+        lr = lrs[groups[i]] if lrs and lrs[groups[i]].numel() else s.lr
+        factor = (-1 if s.maximize else 1) * clip * inverse
+        g = grads[i].to(m.dtype) * factor
+        w = masters[i] if masters and masters[i].numel() == p.numel() else p
+        t = step.double()
+        # On one line each, so that w, m and v are read before any of them is written.
+        new_m = m.lerp(g, 1 - s.beta1)
+        new_v = v * s.beta2 + (1 - s.beta2) * g * g
+        size, root = lr / (1 - s.beta1**t), (1 - s.beta2**t).sqrt()
+        wide = w.to(m.dtype)
+        new_w = wide - lr * s.weight_decay * wide - size * new_m / (new_v.sqrt() / root + s.eps)
+        for old, new in ((m, new_m), (v, new_v), (w, new_w), (p, new_w)):
+            old.copy_(new if keeps is None else torch.where(keeps, new, old.to(new.dtype)))
+    return norm.to(torch.float32)
+
+
+# A tensor's row of the table: addresses (0: there is none), then numbers. Kernels know the order.
+ADDRESSES = ("p", "g", "m", "v", "master", "step", "lr")
+COLUMNS = (*ADDRESSES, "numel", "group", "p_code", "g_code", "aligned")
+VECTOR_BYTES = 16  # "aligned": every address is a multiple of this
+
+
+class Tables(NamedTuple):
+    """What a kernel is told of the tensors of a step; all on their device.
+
+    tensors: (n, len(COLUMNS)) int64.
+    chunks: (number of chunks, 2) int64: tensor, and which of its chunks.
+    hyper: (groups, 8) float64: lr, beta1, beta2, log beta1, log beta2, eps, weight decay, sign.
+    p_dtype, g_dtype: the one of all parameters, of all gradients; None where they differ.
+    """
+
+    tensors: torch.Tensor
+    chunks: torch.Tensor
+    hyper: torch.Tensor
+    p_dtype: torch.dtype | None
+    g_dtype: torch.dtype | None
+
+
+def make_tables(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    groups: list[int],
+    hyper: list[float],
+    lrs: Tensors,
+    chunk: int,
+) -> Tables:
+    """The tables of a step, from the cache where nothing moved since one of the last steps.
+
+    A table that is made anew is copied to the device with no sync. `grads` must lie in memory as
+    `params` do, and live until the kernels are launched.
+    """
+    rows: list[int] = []
+    codes = backend.DTYPE_CODES
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        group = groups[i]
+        rows += (
+            p.data_ptr(),
+            g.data_ptr(),
+            exp_avgs[i].data_ptr(),
+            exp_avg_sqs[i].data_ptr(),
+            masters[i].data_ptr() if masters else 0,  # of an empty tensor it is 0
+            steps[i].data_ptr(),
+            lrs[group].data_ptr() if lrs else 0,
+            p.numel(),
+            group,
+            codes[p.dtype],
+            codes[g.dtype],
+        )
+    device = params[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    p_dtypes, g_dtypes = {p.dtype for p in params}, {g.dtype for g in grads}
+    return Tables(
+        _tensor_table(tuple(rows), device, stream),
+        _chunk_table(tuple(p.numel() for p in params), chunk, device, stream),
+        _hyper_table(tuple(hyper), device, stream),
+        p_dtypes.pop() if len(p_dtypes) == 1 else None,
+        g_dtypes.pop() if len(g_dtypes) == 1 else None,
+    )
+
+
+# The stream is part of the keys: on another one the copy might not have arrived.
+
+
+@lru_cache(maxsize=8)
+def _tensor_table(rows: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    given = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS) - 1)
+    vectors = given[:, : COLUMNS.index("step")] % VECTOR_BYTES == 0
+    return _to_device(torch.cat((given, vectors.all(1, keepdim=True)), 1), device)
+
+
+@lru_cache(maxsize=8)
+def _chunk_table(
+    sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
+) -> torch.Tensor:
+    counts = (torch.tensor(sizes, device="cpu") + chunk - 1) // chunk
+    tensor = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    number = torch.arange(len(tensor), device="cpu") - first[tensor]
+    return _to_device(torch.stack((tensor, number), 1), device)
+
+
+@lru_cache(maxsize=8)
+def _hyper_table(hyper: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+    def log(beta: float) -> float:
+        return math.log(beta) if beta > 0 else -math.inf
+
+    rows = [
+        (s.lr, s.beta1, s.beta2, log(s.beta1), log(s.beta2), s.eps, s.weight_decay, sign)
+        for s in settings_of(hyper)
+        for sign in (-1.0 if s.maximize else 1.0,)
+    ]
+    return _to_device(torch.tensor(rows, dtype=torch.float64, device="cpu"), device)
+
+
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def laid_out_alike(params: Tensors, grads: Tensors) -> Tensors:
+    """The gradients in their parameters' order in memory: copies of those that came in another."""
+    return [
+        g if _same_order(p, g) else torch.empty_like(p, dtype=g.dtype).copy_(g)
+        for p, g in zip(params, grads, strict=True)
+    ]
+
+
+def _same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _why_not(
+    x: torch.Tensor, params: Tensors, grads: Tensors, states: tuple[Tensors, ...]
+) -> str | None:
+    """Kernels walk over memory: no gaps, no element twice, and every tensor in the same order."""
+    for i, p in enumerate(params):
+        for what, t in (("parameter", p), ("gradient", grads[i])):
+            if t.dtype not in backend.DTYPE_CODES:
+                name = backend.dtype_name(t.dtype)
+                return f"{what} {i} must be float32, bfloat16 or float16, got {name}"
+        dense = p.is_contiguous() or p.stride() == torch.empty_like(p, device="meta").stride()
+        if not dense:
+            return f"parameter {i} must fill its memory without gaps, got strides {p.stride()}"
+        for state in states:
+            if state and state[i].numel() and not _same_order(p, state[i]):
+                given = state[i].stride()
+                return f"the state of parameter {i} must have strides {p.stride()}, got {given}"
+    return None
+
+
+OP = backend.Op(
+    "adamw",
+    {
+        "torch": backend.Implementation(reference_fwd),
+        "triton": backend.triton_implementation("adamw", why_not=_why_not, forward_only=True),
+    },
+    listed=False,  # it writes to lists of tensors: tests/test_adamw.py
+)
+
+
+def _fwd(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    *rest: Any,
+) -> torch.Tensor:
+    implementation = OP.choose(params[0], params, grads, (exp_avgs, exp_avg_sqs, masters))
+    return implementation.fwd(params, grads, exp_avgs, exp_avg_sqs, steps, masters, *rest)
+
+
+def _fake_fwd(params: Tensors, *rest: Any) -> torch.Tensor:
+    max_norm = rest[-3]
+    shape = (0,) if max_norm is None else ()
+    return params[0].new_empty(shape, dtype=torch.float32)
+
+
+adamw_fwd = define(
+    "adamw_fwd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] masters, int[] groups,"
+    " float[] hyper, Tensor[] lrs, float? max_norm, Tensor? grad_scale, Tensor? found_inf)"
+    " -> Tensor",
+    _fwd,
+    _fake_fwd,
+)

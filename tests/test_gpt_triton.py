@@ -1,0 +1,72 @@
+"""A training step of a whole GPT on the triton backend; `test_triton.py` runs it interpreted."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from places import PLACES
+
+import gptfast
+from gptfast.models import GPT, GPTConfig
+from gptfast.nn import CausalSelfAttention
+from gptfast.optim import AdamW
+from gptfast.testing import assert_close_in_norm
+
+HERE = [p for p in PLACES if p.backend == "triton"]
+pytestmark = [
+    pytest.mark.skipif(not HERE, reason="needs a GPU or TRITON_INTERPRET=1"),
+    pytest.mark.parametrize("place", HERE, ids=str, indirect=True),
+    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str),
+]
+
+
+def train_step(model, x, y, backend):
+    """Loss, gradients and parameters after one step, by name."""
+    optimizer = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, max_norm=1.0)
+    with gptfast.use_backend(backend):
+        loss = model(x, y)[1]
+        loss.backward()
+        optimizer.step()
+    results = {"loss": loss.detach(), "norm": optimizer.total_norm}
+    for name, p in model.named_parameters():
+        results[f"gradient of {name}"] = p.grad
+        results[name] = p.detach()
+    return results
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_training_step_is_the_torch_backends(place, dtype, bias):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=20, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=bias)
+    model = GPT(config).to(place.device, dtype)
+    x, y = torch.randint(37, (2, 2, 18), device=place.device)
+    y[0, :3] = -100
+    with torch.no_grad():  # fresh weights are too tame: scores of 1e-2, biases of zero
+        for p in model.parameters():
+            p += torch.randn_like(p) / 8
+    exact = train_step(copy.deepcopy(model).double(), x, y, "torch")
+    peer = train_step(copy.deepcopy(model), x, y, "torch")
+    ours = train_step(model, x, y, "triton")
+    for name, expected in exact.items():
+        assert_close_in_norm(name, ours[name], peer[name], expected.double())
+
+
+def test_attention_with_fewer_key_heads(place, dtype):
+    torch.manual_seed(0)
+    attend = CausalSelfAttention(32, 4, n_kv_head=2).to(place.device, dtype)
+    x = torch.randn(2, 17, 32, device=place.device, dtype=dtype)
+    dy = torch.randn_like(x)
+
+    def run(module, x, backend):
+        with gptfast.use_backend(backend):
+            y = module(x)
+            y.backward(dy.to(y))
+        return {"y": y.detach(), **{name: p.grad for name, p in module.named_parameters()}}
+
+    exact = run(copy.deepcopy(attend).double(), x.double(), "torch")
+    peer = run(copy.deepcopy(attend), x, "torch")
+    ours = run(attend, x, "triton")
+    for name, expected in exact.items():
+        assert_close_in_norm(name, ours[name], peer[name], expected)
