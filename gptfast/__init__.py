@@ -8,9 +8,13 @@ from gptfast.ops import (
     bias_gelu,
     cross_entropy,
     embedding,
+    geglu,
     gelu,
     layer_norm,
     linear_cross_entropy,
+    rope,
+    rope_cache,
+    swiglu,
 )
 
 __all__ = [
@@ -19,9 +23,13 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "embedding",
+    "geglu",
     "gelu",
     "keep_freed_memory",
     "layer_norm",
     "linear_cross_entropy",
+    "rope",
+    "rope_cache",
+    "swiglu",
     "use_backend",
 ]

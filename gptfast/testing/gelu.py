@@ -33,12 +33,16 @@ class Sizes(NamedTuple):
 
 
 def activation_sizes(x: torch.Tensor, form: str) -> Sizes:
-    """`Sizes` of GELU, form "tanh" or "none", in fp64."""
+    """`Sizes` of GELU, form "tanh" or "none", or with the logistic Phi of "silu", in fp64."""
     if form == "tanh":
         c = x.clamp(-20, 20)
         z = 2 * math.sqrt(2 / math.pi) * (c + 0.044715 * c**3)
         phi, tail = torch.sigmoid(z), torch.sigmoid(-z.abs())
         density = phi * torch.sigmoid(-z) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c * c)
+    elif form == "silu":
+        c = z = x.clamp(-700, 700)
+        phi, tail = torch.sigmoid(z), torch.sigmoid(-z.abs())
+        density = phi * torch.sigmoid(-z)
     else:
         c = x.clamp(-30, 30)
         z = c * c / 2

@@ -10,8 +10,10 @@ from gptfast.testing import (
     cross_entropy,
     embedding,
     gelu,
+    glu,
     layer_norm,
     linear_cross_entropy,
+    rope,
 )
 from gptfast.testing.case import Case, OpRow
 
@@ -21,7 +23,9 @@ OPS: Mapping[str, OpRow] = {
     "cross_entropy": cross_entropy.ROW,
     "embedding": embedding.ROW,
     "gelu": gelu.ROW,
+    "glu": glu.ROW,
     "layer_norm": layer_norm.ROW,
     "linear_cross_entropy": linear_cross_entropy.ROW,
+    "rope": rope.ROW,
 }
 CASES: tuple[Case, ...] = tuple(case for row in OPS.values() for case in row.cases)
