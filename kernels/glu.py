@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from gptfast.kernels.gelu import Config, gelu_phi, gelu_slope, pick_config
-from gptfast.ops.attention import unit_stride
-from gptfast.ops.glu import empty_gradients, halves
+from gptfast.ops.glu import as_matrix, empty_gradients, halves, matrix_shape
 from gptfast.targets import target_of
 
 
@@ -98,18 +97,6 @@ def glu_bwd_kernel(
         tl.store(dup_ptr + at, (dy * (g * cdf)).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _matrix(x: torch.Tensor) -> torch.Tensor:
-    """x as (M, N) with contiguous rows, which may lie apart: a copy only of other layouts."""
-    return unit_stride(x).reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-
-
-def _shape(*matrices: torch.Tensor) -> tuple[int, int]:
-    """(M, N) of some matrices; one row of all elements, where none has gaps: no tile is cut off."""
-    if all(x.is_contiguous() for x in matrices):
-        return 1, matrices[0].numel()
-    return matrices[0].shape[0], matrices[0].shape[1]
-
-
 def _grid(M: int, N: int, config: Config) -> tuple[int]:
     return (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
 
@@ -119,8 +106,8 @@ def glu_fwd(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> tor
     gate, up = halves(gate, up)
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
-        gate, up = _matrix(gate), _matrix(up)
-        M, N = _shape(gate, up)
+        gate, up = as_matrix(gate), as_matrix(up)
+        M, N = matrix_shape(gate, up)
         config = pick_config(N, target_of(gate.device))
         glu_fwd_kernel[_grid(M, N, config)](
             gate,
@@ -149,10 +136,10 @@ def glu_bwd(
     dgate, dup, *grads = empty_gradients(gate, up, needs)
     gate, up = halves(gate, up)
     if dy.numel() and any(needs):
-        dy, gate, up = dy.contiguous(), _matrix(gate), _matrix(up)
-        dgate, dup = (x if x is None else _matrix(x) for x in (dgate, dup))
+        dy, gate, up = dy.contiguous(), as_matrix(gate), as_matrix(up)
+        dgate, dup = (x if x is None else as_matrix(x) for x in (dgate, dup))
         written = [x for x in (dgate, dup) if x is not None]
-        M, N = _shape(gate, up, *written)
+        M, N = matrix_shape(gate, up, *written)
         config = pick_config(N, target_of(gate.device))
         glu_bwd_kernel[_grid(M, N, config)](
             dy,

@@ -1,18 +1,32 @@
-// GELU, y = x Phi(x), and its gradient, elementwise.
+// GELU, y = z Phi(z), elementwise, with z = x or x + bias; gated units, y = act(gate) up; gradients.
 //
 //   tanh:  Phi(x) ~ s(x) = sigmoid(2 u),  u = sqrt(2/pi) (x + 0.044715 x^3)
 //          dy/dx = s + x s (1 - s) 2 u',  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 //   erf:   Phi(x) = erfc(-x / sqrt 2) / 2
 //          dy/dx = Phi(x) + x phi(x),     phi(x) = exp(-x^2 / 2) / sqrt(2 pi)
+//   silu:  act(x) = x s(x),  s(x) = sigmoid(x);  act'(x) = s + x s (1 - s)
 //
-// Forward reads x and writes y once; backward reads dy and x and writes dx once.
+// Every tensor is read or written once, and the activation is recomputed in backward. dbias is summed
+// by blocks of rows, a row of `partial` (blocks, N) each, and those in order.
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 
+#include <algorithm>
+
 DECLARE_KERNEL(gelu_fwd, void(const void* x, void* y, int64_t n, bool tanh_form, DType dtype))
 DECLARE_KERNEL(gelu_bwd, void(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form,
                               DType dtype))
+DECLARE_KERNEL(bias_gelu_fwd, void(const void* x, const float* bias, void* y, int64_t M, int64_t N,
+                                   bool tanh_form, DType dtype))
+DECLARE_KERNEL(bias_gelu_bwd, void(const void* dy, const void* x, const float* bias, void* dx,
+                                   float* db, float* partial, int64_t blocks, int64_t M, int64_t N,
+                                   bool tanh_form, DType dtype))
+DECLARE_KERNEL(glu_fwd, void(const void* gate, const void* up, void* y, int64_t stride_gate,
+                             int64_t stride_up, int64_t M, int64_t N, int activation, DType dtype))
+DECLARE_KERNEL(glu_bwd, void(const void* dy, const void* gate, const void* up, void* dgate,
+                             void* dup, int64_t stride_gate, int64_t stride_up, int64_t stride_grad,
+                             int64_t M, int64_t N, int activation, DType dtype))
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
@@ -55,11 +69,52 @@ struct ErfForm {
   }
 };
 
+struct SiluForm {
+  static f32v value(f32v x) { return x * sigmoid(x); }
+  static f32v slope(f32v x) {
+    // Beyond |x| = 200 the slope is 0 or 1; clamping keeps infinity out of the product.
+    const f32v c = min(set1(200.0f), max(set1(-200.0f), x));
+    const f32v q = exp(-abs(c));  // at most 1: neither s nor 1 - s overflows or loses digits
+    const f32v large = 1.0f / (1.0f + q), small = q * large;
+    return select(c > 0.0f, large + c * large * small, small + c * small * large);
+  }
+};
+
+// The forms by their codes, which are the positions in ACTIVATIONS of gptfast/ops/glu.py.
+template <class Body>
+inline void with_form(int activation, const Body& body) {
+  switch (activation) {
+    case 0: return body(SiluForm{});
+    case 1: return body(ErfForm{});
+    case 2: return body(TanhForm{});
+  }
+}
+template <class Body>
+inline void with_gelu_form(bool tanh_form, const Body& body) {
+  tanh_form ? body(TanhForm{}) : body(ErfForm{});
+}
+
+// Splits the elements of an (M, N) matrix over threads; body(i, j, n) gets n elements of row i from
+// column j on.
+template <class Body>
+inline void for_each_piece(int64_t M, int64_t N, const Body& body) {
+  parallel_for(M * N, kGrain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t i = begin / N, j = begin % N, n = std::min(N - j, end - begin);
+      body(i, j, n);
+      begin += n;
+    }
+  });
+}
+
 template <class Form, class T>
-void forward(const T* x, T* y, int64_t n) {
-  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
-    for_each_vector(end - begin, [&](int64_t i, auto part) {
-      part.store(y + begin + i, Form::value(part.load(x + begin + i)));
+void forward(const T* x, const float* bias, T* y, int64_t M, int64_t N) {
+  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+    const int64_t at = row * N + col;
+    for_each_vector(n, [&](int64_t i, auto part) {
+      f32v z = part.load(x + at + i);
+      if (bias) z += part.load(bias + col + i);
+      part.store(y + at + i, Form::value(z));
     });
   });
 }
@@ -74,20 +129,116 @@ void backward(const T* dy, const T* x, T* dx, int64_t n) {
   });
 }
 
-void gelu_fwd(const void* x, void* y, int64_t n, bool tanh_form, DType dtype) {
+template <class Form, class T>
+void backward_with_bias(const T* dy, const T* x, const float* bias, T* dx, float* db,
+                        float* partial, int64_t blocks, int64_t M, int64_t N) {
+  const int64_t elements = std::max<int64_t>(M * N, 1);
+  parallel_for(blocks, (kGrain * blocks + elements - 1) / elements, [&](int64_t b, int64_t end) {
+    for (; b < end; ++b) {
+      float* sums = db ? partial + b * N : nullptr;
+      if (db) std::memset(sums, 0, N * sizeof(float));
+      for (int64_t row = b * M / blocks; row < (b + 1) * M / blocks; ++row)
+        for_each_vector(N, [&](int64_t j, auto part) {
+          const f32v slope = Form::slope(part.load(x + row * N + j) + part.load(bias + j));
+          const f32v dz = part.load(dy + row * N + j) * slope;
+          if (dx) part.store(dx + row * N + j, dz);
+          if (db) part.store(sums + j, part.load(sums + j) + dz);
+        });
+    }
+  });
+  if (!db) return;
+  parallel_for(N, kGrain / blocks + W, [&](int64_t begin, int64_t end) {
+    for_each_vector(end - begin, [&](int64_t j, auto part) {
+      f32v sum{};
+      for (int64_t b = 0; b < blocks; ++b) sum += part.load(partial + b * N + begin + j);
+      part.store(db + begin + j, sum);
+    });
+  });
+}
+
+template <class Form, class T>
+void glu_forward(const T* gate, const T* up, T* y, int64_t stride_gate, int64_t stride_up,
+                 int64_t M, int64_t N) {
+  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+    const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
+    T* out = y + row * N + col;
+    for_each_vector(n, [&](int64_t i, auto part) {
+      part.store(out + i, Form::value(part.load(g + i)) * part.load(u + i));
+    });
+  });
+}
+
+template <class Form, class T>
+void glu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t stride_gate,
+                  int64_t stride_up, int64_t stride_grad, int64_t M, int64_t N) {
+  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+    const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
+    const int64_t at = row * stride_grad + col;
+    for_each_vector(n, [&](int64_t i, auto part) {
+      const f32v d = part.load(dy + row * N + col + i), x = part.load(g + i);
+      if (dgate) part.store(dgate + at + i, d * part.load(u + i) * Form::slope(x));
+      if (dup) part.store(dup + at + i, d * Form::value(x));
+    });
+  });
+}
+
+void bias_gelu_fwd(const void* x, const float* bias, void* y, int64_t M, int64_t N, bool tanh_form,
+                   DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    (tanh_form ? forward<TanhForm, T> : forward<ErfForm, T>)(static_cast<const T*>(x),
-                                                             static_cast<T*>(y), n);
+    with_gelu_form(tanh_form, [&](auto form) {
+      forward<decltype(form)>(static_cast<const T*>(x), bias, static_cast<T*>(y), M, N);
+    });
   });
+}
+
+void bias_gelu_bwd(const void* dy, const void* x, const float* bias, void* dx, float* db,
+                   float* partial, int64_t blocks, int64_t M, int64_t N, bool tanh_form,
+                   DType dtype) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_gelu_form(tanh_form, [&](auto form) {
+      backward_with_bias<decltype(form)>(static_cast<const T*>(dy), static_cast<const T*>(x), bias,
+                                         static_cast<T*>(dx), db, partial, blocks, M, N);
+    });
+  });
+}
+
+void gelu_fwd(const void* x, void* y, int64_t n, bool tanh_form, DType dtype) {
+  bias_gelu_fwd(x, nullptr, y, 1, n, tanh_form, dtype);
 }
 
 void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form, DType dtype) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    (tanh_form ? backward<TanhForm, T> : backward<ErfForm, T>)(static_cast<const T*>(dy),
-                                                               static_cast<const T*>(x),
-                                                               static_cast<T*>(dx), n);
+    with_gelu_form(tanh_form, [&](auto form) {
+      backward<decltype(form)>(static_cast<const T*>(dy), static_cast<const T*>(x),
+                               static_cast<T*>(dx), n);
+    });
+  });
+}
+
+void glu_fwd(const void* gate, const void* up, void* y, int64_t stride_gate, int64_t stride_up,
+             int64_t M, int64_t N, int activation, DType dtype) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_form(activation, [&](auto form) {
+      glu_forward<decltype(form)>(static_cast<const T*>(gate), static_cast<const T*>(up),
+                                  static_cast<T*>(y), stride_gate, stride_up, M, N);
+    });
+  });
+}
+
+void glu_bwd(const void* dy, const void* gate, const void* up, void* dgate, void* dup,
+             int64_t stride_gate, int64_t stride_up, int64_t stride_grad, int64_t M, int64_t N,
+             int activation, DType dtype) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_form(activation, [&](auto form) {
+      glu_backward<decltype(form)>(static_cast<const T*>(dy), static_cast<const T*>(gate),
+                                   static_cast<const T*>(up), static_cast<T*>(dgate),
+                                   static_cast<T*>(dup), stride_gate, stride_up, stride_grad, M, N);
+    });
   });
 }
 
@@ -96,11 +247,19 @@ void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form
 
 REGISTER_KERNEL(gelu_fwd)
 REGISTER_KERNEL(gelu_bwd)
+REGISTER_KERNEL(bias_gelu_fwd)
+REGISTER_KERNEL(bias_gelu_bwd)
+REGISTER_KERNEL(glu_fwd)
+REGISTER_KERNEL(glu_bwd)
 
 #ifdef GPTFAST_BASELINE
 #include "../common/bind.h"
 void register_gelu(pybind11::module_& m) {
   gptfast::bind_kernel(m, "gelu_fwd", gptfast::kernel_gelu_fwd);
   gptfast::bind_kernel(m, "gelu_bwd", gptfast::kernel_gelu_bwd);
+  gptfast::bind_kernel(m, "bias_gelu_fwd", gptfast::kernel_bias_gelu_fwd);
+  gptfast::bind_kernel(m, "bias_gelu_bwd", gptfast::kernel_bias_gelu_bwd);
+  gptfast::bind_kernel(m, "glu_fwd", gptfast::kernel_glu_fwd);
+  gptfast::bind_kernel(m, "glu_bwd", gptfast::kernel_glu_bwd);
 }
 #endif

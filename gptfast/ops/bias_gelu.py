@@ -19,6 +19,8 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    fp32_parameter,
+    pointer,
     statistics_dtype,
 )
 
@@ -45,10 +47,58 @@ def reference_bwd(
     return dx, db
 
 
+def cpu_fwd(x: torch.Tensor, bias: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cpu` backend of the forward op."""
+    x, b = x.contiguous(), fp32_parameter(bias)
+    y = torch.empty_like(x)
+    N = bias.numel()
+    backend.extension().bias_gelu_fwd(  # type: ignore[union-attr]
+        x.data_ptr(),
+        pointer(b),
+        y.data_ptr(),
+        x.numel() // max(N, 1),
+        N,
+        approximate == "tanh",
+        backend.DTYPE_CODES[x.dtype],
+    )
+    return y
+
+
+def cpu_bwd(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, approximate: str, needs: list[bool]
+) -> Tensors2:
+    """The `cpu` backend of the backward op."""
+    dy, x, b = dy.contiguous(), x.contiguous(), fp32_parameter(bias)
+    N = bias.numel()
+    M = x.numel() // max(N, 1)
+    empty = x.new_empty(0)
+    dx = torch.empty_like(x) if needs[0] else empty
+    db = torch.empty(N, dtype=torch.float32, device=x.device) if needs[1] else empty
+    # A function of M alone, so that the result does not depend on the number of threads.
+    blocks = min(max(M // 32, 1), 64)
+    shape = (blocks, N) if needs[1] else (0,)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    backend.extension().bias_gelu_bwd(  # type: ignore[union-attr]
+        dy.data_ptr(),
+        x.data_ptr(),
+        pointer(b),
+        dx.data_ptr() if needs[0] else 0,
+        db.data_ptr() if needs[1] else 0,
+        partial.data_ptr(),
+        blocks,
+        M,
+        N,
+        approximate == "tanh",
+        backend.DTYPE_CODES[x.dtype],
+    )
+    return dx, db
+
+
 OP = backend.Op(
     "bias_gelu",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("bias_gelu", "gelu"),
     },
 )

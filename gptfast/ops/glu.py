@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gptfast import backend
+from gptfast.ops.attention import unit_stride
 from gptfast.ops.gelu import check_approximate, gelu_phi, gelu_slope
 from gptfast.ops.library import (
     check_device,
@@ -26,9 +27,11 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    pointer,
     statistics_dtype,
 )
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of their codes in csrc/cpu/gelu.cpp
 GELU_FORMS = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> `approximate`
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 
@@ -94,10 +97,72 @@ def empty_gradients(
     return dgate, dup, empty if dgate is None else dgate, empty if dup is None else dup
 
 
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """x as (M, N) with contiguous rows, which may lie apart: a copy only of other layouts."""
+    return unit_stride(x).reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def matrix_shape(*matrices: torch.Tensor) -> tuple[int, int]:
+    """(M, N) of some matrices; one row of all elements, where none has gaps: no vector is cut."""
+    if all(x.is_contiguous() for x in matrices):
+        return 1, matrices[0].numel()
+    return matrices[0].shape[0], matrices[0].shape[1]
+
+
+def cpu_fwd(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """The `cpu` backend of the forward op."""
+    gate, up = halves(gate, up)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if y.numel():
+        gate, up = as_matrix(gate), as_matrix(up)
+        backend.extension().glu_fwd(  # type: ignore[union-attr]
+            gate.data_ptr(),
+            up.data_ptr(),
+            y.data_ptr(),
+            gate.stride(0),
+            up.stride(0),
+            *matrix_shape(gate, up),
+            ACTIVATIONS.index(activation),
+            backend.DTYPE_CODES[gate.dtype],
+        )
+    return y
+
+
+def cpu_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> Tensors2:
+    """The `cpu` backend of the backward op."""
+    dgate, dup, *grads = empty_gradients(gate, up, needs)
+    gate, up = halves(gate, up)
+    if dy.numel() and any(needs):
+        dy, gate, up = dy.contiguous(), as_matrix(gate), as_matrix(up)
+        dgate, dup = (x if x is None else as_matrix(x) for x in (dgate, dup))
+        written = [x for x in (dgate, dup) if x is not None]
+        backend.extension().glu_bwd(  # type: ignore[union-attr]
+            dy.data_ptr(),
+            gate.data_ptr(),
+            up.data_ptr(),
+            pointer(dgate),
+            pointer(dup),
+            gate.stride(0),
+            up.stride(0),
+            written[0].stride(0),
+            *matrix_shape(gate, up, *written),
+            ACTIVATIONS.index(activation),
+            backend.DTYPE_CODES[gate.dtype],
+        )
+    return grads[0], grads[1]
+
+
 OP = backend.Op(
     "glu",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("glu"),
     },
 )

@@ -13,13 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from gptfast.ops import geglu, swiglu
-from gptfast.ops.glu import GELU_FORMS
+from gptfast.ops.glu import ACTIVATIONS, GELU_FORMS
 from gptfast.testing.case import Case, Inputs, OpRow, Options
 from gptfast.testing.gelu import LENGTH, activation_sizes
 from gptfast.testing.judge import Magnitude
 from gptfast.testing.memory import LAYOUTS
-
-ACTIVATIONS = ("silu", *GELU_FORMS)
 
 
 def _inputs(case: Case, dtype: torch.dtype, draw: Any) -> dict[str, Any]:
