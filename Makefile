@@ -43,6 +43,9 @@ bench: venv ## tokens per second against PyTorch
 static: venv ## registers, spills, bytes and matrix instructions of every Triton kernel, with no GPU
 	$(BIN)/python -m benchmarks.static_report --write
 
+launches: venv ## kernel launches in a training step of GPT-2, ours and PyTorch's, with no GPU
+	$(BIN)/python -m benchmarks.launches
+
 lint: venv ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +61,4 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow bench static lint format clean
+.PHONY: help venv demo test test-slow bench static launches lint format clean

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gptfast import backend
@@ -164,20 +166,19 @@ def make_tables(
 
 @lru_cache(maxsize=8)
 def _tensor_table(rows: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
-    given = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS) - 1)
-    vectors = given[:, : COLUMNS.index("step")] % VECTOR_BYTES == 0
-    return _to_device(torch.cat((given, vectors.all(1, keepdim=True)), 1), device)
+    given = np.array(rows, np.int64).reshape(-1, len(COLUMNS) - 1)
+    aligned = (given[:, : COLUMNS.index("step")] % VECTOR_BYTES == 0).all(1, keepdims=True)
+    return _to_device(np.concatenate((given, aligned), 1), device)
 
 
 @lru_cache(maxsize=8)
 def _chunk_table(
     sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
 ) -> torch.Tensor:
-    counts = (torch.tensor(sizes, device="cpu") + chunk - 1) // chunk
-    tensor = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    number = torch.arange(len(tensor), device="cpu") - first[tensor]
-    return _to_device(torch.stack((tensor, number), 1), device)
+    counts = -(-np.array(sizes, np.int64) // chunk)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    return _to_device(np.stack((tensor, np.arange(len(tensor)) - first[tensor]), 1), device)
 
 
 @lru_cache(maxsize=8)
@@ -190,13 +191,14 @@ def _hyper_table(hyper: tuple[float, ...], device: torch.device, stream: int) ->
         for s in settings_of(hyper)
         for sign in (-1.0 if s.maximize else 1.0,)
     ]
-    return _to_device(torch.tensor(rows, dtype=torch.float64, device="cpu"), device)
+    return _to_device(np.array(rows, np.float64), device)
 
 
-def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to_device(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    on_host = torch.from_numpy(table)
     if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+        return on_host
+    return on_host.pin_memory().to(device, non_blocking=True)
 
 
 def laid_out_alike(params: Tensors, grads: Tensors) -> Tensors:
