@@ -4,14 +4,18 @@ from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.memory import keep_freed_memory
 from gptfast.ops import (
+    add_layer_norm,
+    add_rms_norm,
     attention,
     bias_gelu,
     cross_entropy,
+    dropout_add,
     embedding,
     geglu,
     gelu,
     layer_norm,
     linear_cross_entropy,
+    rms_norm,
     rope,
     rope_cache,
     swiglu,
@@ -19,15 +23,19 @@ from gptfast.ops import (
 
 __all__ = [
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "dropout_add",
     "embedding",
     "geglu",
     "gelu",
     "keep_freed_memory",
     "layer_norm",
     "linear_cross_entropy",
+    "rms_norm",
     "rope",
     "rope_cache",
     "swiglu",

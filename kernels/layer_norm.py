@@ -1,11 +1,21 @@
-"""LayerNorm in Triton. The maths stands in `gptfast/ops/layer_norm.py`.
+"""LayerNorm and RMSNorm in Triton, alone or behind the sum of the residual stream.
 
-Rows of up to MAX_BLOCK columns are held in registers: forward and backward then read every element
-once. Wider rows are swept in blocks: forward reads x three times, backward dy and x twice.
+The maths stands in `gptfast/ops/`: layer_norm.py, rms_norm.py, add_layer_norm.py, add_rms_norm.py.
+Here r is what is normalised: x itself, or with HAS_RESIDUAL the stream residual + z (x + x_bias).
 
-dw and db are summed in two stages. Backward runs a fixed number of programs; each walks over its
-own rows and keeps the sums of its columns, which it writes to its row of `partial` (P, 2, N) in
-fp32. A second kernel adds those rows in order, so the result is the same every time.
+Forward: a program owns BLOCK_M rows and holds them in registers; it reads x (and the residual) and
+writes y (and r) once. Rows wider than MAX_FORWARD are swept twice: the second time r is read again.
+
+Backward: program p of P walks over the groups of BLOCK_M rows p, p + P, ..., and keeps the sums for
+dw, db and dx_bias of its columns in registers. It reads dy, r (and dr) and writes dresidual (and
+dx) once, and at the end its sums to its row of `partial` (P, 3, N) in fp32; `norm_sum_kernel` adds
+those rows in order, so the result is the same every time. Rows wider than MAX_BACKWARD have no room
+for the sums: `norm_row_means_kernel` first reads dy and r for c1 and c2, and the backward kernel,
+with one grid row per block of columns, then reads dy and r a second time.
+
+The kernels have more than 15 arguments: every tensor that may be absent is one, with its flag; near
+copies without them would be six times this file. At MAX_FORWARD and MAX_BACKWARD stands what the
+compiler said of wider blocks.
 """
 
 from __future__ import annotations
@@ -16,246 +26,526 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_BLOCK = 16384  # columns in registers: 64 fp32 values a thread at 8 warps, x and dy together 128
+from gptfast.kernels.philox import dropout_factors
+from gptfast.ops.philox import dropout_threshold
+from gptfast.targets import Target, target_of
+
+MAX_FORWARD = 16384  # columns in registers
+MAX_BACKWARD = 8192
+SUM_COLUMNS, SUM_ROWS = 32, 128  # tile of `partial`: 128-byte rows, 32 elements a thread
 
 
 @dataclass(frozen=True)
 class Config:
     """How a launch is cut up."""
 
-    block_n: int  # columns a program handles at a time, a power of two
+    block_m: int  # rows and columns that a program handles at a time, powers of two
+    block_n: int
     num_warps: int
     programs: int  # of backward: rows of `partial`
 
 
-def pick_config(M: int, N: int) -> Config:
-    """Launch sizes for M rows of N columns.
-
-    num_warps gives a thread 8 (narrow) to 64 (MAX_BLOCK) elements: 128-bit loads throughout.
-    Backward's programs are a function of M alone (the result must not depend on the card): 256
-    fill the 132 to 148 multiprocessors of today's large cards, and `partial` stays below 1 % of the
-    traffic once every program has some 64 rows.
-    """
-    block_n = min(triton.next_power_of_2(max(N, 1)), MAX_BLOCK)
-    num_warps = min(max(block_n // 256, 1), 8)
-    return Config(block_n, num_warps, programs=max(1, min(M, 256)))
+def pick_config(M: int, N: int, itemsize: int, target: Target, backward: bool = False) -> Config:
+    """Launch sizes for M rows of N columns of `itemsize` bytes."""
+    block_n = min(triton.next_power_of_2(max(N, 16)), MAX_BACKWARD if backward else MAX_FORWARD)
+    tile = 4096 if backward else 2048
+    block_m = max(1, min(tile // block_n, triton.next_power_of_2(max(M // 512, 1))))
+    threads = max(block_m * block_n // 16, target.warp_size)
+    num_warps = min(threads // target.warp_size, 1024 // target.warp_size)
+    groups = triton.cdiv(M, block_m)
+    programs = max(1, min(groups, 1024, M * itemsize // 64))
+    return Config(block_m, block_n, num_warps, programs)
 
 
 @triton.jit
-def layer_norm_fwd_kernel(
+def _residual_stream(
     x_ptr,
+    residual_ptr,
+    x_bias_ptr,
+    r_ptr,
+    seed_ptr,
+    stride_x_row,
+    stride_residual_row,
+    first_row,
+    first_col,
+    M,
+    N,
+    threshold,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of what is normalised, in fp32; with HAS_RESIDUAL it is also written to r."""
+    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+    cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+    mask = (rows < M) & (cols < N)
+    r = tl.load(x_ptr + rows * stride_x_row + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_X_BIAS:
+        r += tl.load(x_bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        head = tl.full((), 0, tl.int32)
+        r *= dropout_factors(
+            tl.load(seed_ptr), head, first_row, first_col, threshold, BLOCK_M, BLOCK_N
+        )
+    if HAS_RESIDUAL:
+        at = residual_ptr + rows * stride_residual_row + cols
+        r += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        rounded = r.to(r_ptr.dtype.element_ty)
+        tl.store(r_ptr + rows * N + cols, rounded, mask=mask)
+        r = rounded.to(tl.float32)
+    return r
+
+
+@triton.jit
+def _store_normalised(
+    r, mean, rstd, w_ptr, b_ptr, y_ptr, rows, cols, M, N, HAS_W: tl.constexpr, HAS_B: tl.constexpr
+):
+    y = (r - mean[:, None]) * rstd[:, None]
+    if HAS_W:
+        y *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_B:
+        y += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    at = y_ptr + rows[:, None] * N + cols[None, :]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    x_bias_ptr,
     w_ptr,
     b_ptr,
+    seed_ptr,
     y_ptr,
+    r_ptr,
     mean_ptr,
     rstd_ptr,
+    stride_x_row,
+    stride_residual_row,
+    M,
     N,
     eps,
+    threshold,
+    IS_RMS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     HAS_W: tl.constexpr,
     HAS_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program per row."""
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * N
-    y_ptr += row * N
+    """BLOCK_M rows."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
     offs = tl.arange(0, BLOCK_N)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)  # sum over columns of (r - mean)^2
     if ONE_BLOCK:
-        mask = offs < N
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(x, 0) / N
-        centred = tl.where(mask, x - mean, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / N + eps)
-        y = _affine(centred * rstd, w_ptr, b_ptr, offs, mask, HAS_W, HAS_B)
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        r = _residual_stream(
+            x_ptr, residual_ptr, x_bias_ptr, r_ptr, seed_ptr, stride_x_row, stride_residual_row,
+            first, 0, M, N, threshold, HAS_RESIDUAL, HAS_X_BIAS, HAS_DROPOUT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        live = offs[None, :] < N
+        if not IS_RMS:
+            mean = tl.sum(tl.where(live, r, 0.0), 1) / N
+        centred = tl.where(live, r - mean[:, None], 0.0)
+        squares = tl.sum(centred * centred, 1)
+        rstd = 1 / tl.sqrt(squares / N + eps)
+        _store_normalised(r, mean, rstd, w_ptr, b_ptr, y_ptr, rows, offs, M, N, HAS_W, HAS_B)
     else:
-        total = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, N, BLOCK_N):
-            mask = start + offs < N
-            total += tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 0) / N
-        squares = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            mask = start + offs < N
-            x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-            centred = tl.where(mask, x - mean, 0.0)
-            squares += centred * centred
-        rstd = 1 / tl.sqrt(tl.sum(squares, 0) / N + eps)
+            r = _residual_stream(
+                x_ptr, residual_ptr, x_bias_ptr, r_ptr, seed_ptr, stride_x_row, stride_residual_row,
+                first, start, M, N, threshold, HAS_RESIDUAL, HAS_X_BIAS, HAS_DROPOUT,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            live = start + offs[None, :] < N
+            if IS_RMS:
+                squares += tl.sum(tl.where(live, r * r, 0.0), 1)
+            else:
+                # Chan et al., 1979: mean and squares of all columns up to here from those before
+                # and those of this block. Nothing cancels, however far the mean is from zero.
+                n = tl.minimum(N - start, BLOCK_N)
+                share = n / (start + n)
+                block_mean = tl.sum(tl.where(live, r, 0.0), 1) / n
+                centred = tl.where(live, r - block_mean[:, None], 0.0)
+                delta = block_mean - mean
+                mean += delta * share
+                squares += tl.sum(centred * centred, 1) + delta * delta * share * start
+        rstd = 1 / tl.sqrt(squares / N + eps)
+        # With a residual, r is read where this program has just written it.
+        if HAS_RESIDUAL:
+            again_ptr, stride = r_ptr, N
+        else:
+            again_ptr, stride = x_ptr, stride_x_row
         for start in range(0, N, BLOCK_N):
             cols = start + offs
-            mask = cols < N
-            x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            y = _affine((x - mean) * rstd, w_ptr, b_ptr, cols, mask, HAS_W, HAS_B)
-            tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+            mask = (rows[:, None] < M) & (cols[None, :] < N)
+            at = again_ptr + rows[:, None] * stride + cols[None, :]
+            r = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            _store_normalised(r, mean, rstd, w_ptr, b_ptr, y_ptr, rows, cols, M, N, HAS_W, HAS_B)
+    if not IS_RMS:
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
-def _affine(xhat, w_ptr, b_ptr, cols, mask, HAS_W: tl.constexpr, HAS_B: tl.constexpr):
-    y = xhat
+def _load_tile(ptr, rows, stride_row, cols, M, N):
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    at = ptr + rows[:, None] * stride_row + cols[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_xhat(r_ptr, mean_ptr, rstd_ptr, stride_r_row, rows, cols, M, N, IS_RMS: tl.constexpr):
+    """xhat of a tile, zero outside it, and rstd."""
+    r = _load_tile(r_ptr, rows, stride_r_row, cols, M, N)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+    if not IS_RMS:
+        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+        r = tl.where(cols[None, :] < N, r - mean[:, None], 0.0)
+    return r * rstd[:, None], rstd
+
+
+@triton.jit
+def _times_w(dy, w_ptr, cols, N, HAS_W: tl.constexpr):
     if HAS_W:
-        y *= tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_B:
-        y += tl.load(b_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return y
+        dy *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return dy
 
 
 @triton.jit
-def layer_norm_bwd_kernel(
+def norm_row_means_kernel(
     dy_ptr,
-    x_ptr,
+    r_ptr,
     w_ptr,
     mean_ptr,
     rstd_ptr,
-    dx_ptr,
-    partial_ptr,
+    c_ptr,
+    stride_dy_row,
+    stride_r_row,
     M,
     N,
+    IS_RMS: tl.constexpr,
     HAS_W: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Rows p, p + P, p + 2 P, ... for program p of P: N fits into one block."""
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    offs = tl.arange(0, BLOCK_N)
-    mask = offs < N
-    dw = tl.zeros((BLOCK_N,), tl.float32)
-    db = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(tl.cdiv(M - tl.program_id(0), programs)):
-        row = program + i * programs
-        at = row * N + offs
-        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
-        if NEEDS_DX:
-            wdy = dy
-            if HAS_W:
-                wdy *= tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            c1 = tl.sum(wdy * xhat, 0) / N
-            c2 = tl.sum(wdy, 0) / N
-            dx = (wdy - c1 * xhat - c2) * rstd
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_DW:
-            dw += dy * xhat
-            db += dy
-    if NEEDS_DW:
-        partial_ptr += program * 2 * N
-        tl.store(partial_ptr + offs, dw, mask=mask)
-        tl.store(partial_ptr + N + offs, db, mask=mask)
+    """c1 and c2 of one row wider than a block, to c (2, M)."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    sum1 = tl.zeros((1, BLOCK_N), tl.float32)
+    sum2 = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        xhat, _ = _load_xhat(r_ptr, mean_ptr, rstd_ptr, stride_r_row, row, cols, M, N, IS_RMS)
+        wdy = _load_tile(dy_ptr, row, stride_dy_row, cols, M, N)
+        wdy = _times_w(wdy, w_ptr, cols, N, HAS_W)
+        sum1 += wdy * xhat
+        sum2 += wdy
+    tl.store(c_ptr + row, tl.sum(sum1, 1) / N)
+    if not IS_RMS:
+        tl.store(c_ptr + M + row, tl.sum(sum2, 1) / N)
 
 
 @triton.jit
-def layer_norm_bwd_dx_wide_kernel(
+def norm_bwd_kernel(
     dy_ptr,
-    x_ptr,
+    dr_ptr,
+    r_ptr,
     w_ptr,
     mean_ptr,
     rstd_ptr,
+    c_ptr,
+    seed_ptr,
     dx_ptr,
+    dresidual_ptr,
+    partial_ptr,
+    stride_dy_row,
+    stride_dr_row,
+    stride_r_row,
+    M,
     N,
+    threshold,
+    IS_RMS: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    HAS_DR: tl.constexpr,
     HAS_W: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DRESIDUAL: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    NEEDS_DX_BIAS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx of one row per program, swept twice: N is wider than a block."""
-    row = tl.program_id(0).to(tl.int64)
-    dy_ptr += row * N
-    x_ptr += row * N
-    dx_ptr += row * N
-    offs = tl.arange(0, BLOCK_N)
-    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
-    sum1 = tl.zeros((BLOCK_N,), tl.float32)
-    sum2 = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        wdy, xhat = _wdy_xhat(dy_ptr, x_ptr, w_ptr, mean, rstd, start + offs, N, HAS_W)
-        sum1 += wdy * xhat
-        sum2 += wdy
-    c1 = tl.sum(sum1, 0) / N
-    c2 = tl.sum(sum2, 0) / N
-    for start in range(0, N, BLOCK_N):
-        cols = start + offs
-        wdy, xhat = _wdy_xhat(dy_ptr, x_ptr, w_ptr, mean, rstd, cols, N, HAS_W)
-        dx = (wdy - c1 * xhat - c2) * rstd
-        tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < N)
+    """Row groups p, p + P, ... of one block of columns, which are all of them with ONE_BLOCK."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    first_col = tl.program_id(1) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(tl.cdiv(M - tl.program_id(0) * BLOCK_M, programs * BLOCK_M)):
+        first_row = (program + i * programs) * BLOCK_M
+        rows = first_row + tl.arange(0, BLOCK_M)
+        at = rows[:, None] * N + cols[None, :]
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if HAS_DY:
+            dy = _load_tile(dy_ptr, rows, stride_dy_row, cols, M, N)
+            xhat, rstd = _load_xhat(
+                r_ptr, mean_ptr, rstd_ptr, stride_r_row, rows, cols, M, N, IS_RMS
+            )
+            if NEEDS_DW:
+                dw += dy * xhat
+            if NEEDS_DB:
+                db += dy
+            if NEEDS_DX or NEEDS_DRESIDUAL or NEEDS_DX_BIAS:
+                wdy = _times_w(dy, w_ptr, cols, N, HAS_W)
+                if ONE_BLOCK:
+                    c1 = tl.sum(wdy * xhat, 1) / N
+                else:
+                    c1 = tl.load(c_ptr + rows, mask=rows < M, other=0.0)
+                total = wdy - c1[:, None] * xhat
+                if not IS_RMS:
+                    if ONE_BLOCK:
+                        c2 = tl.sum(wdy, 1) / N
+                    else:
+                        c2 = tl.load(c_ptr + M + rows, mask=rows < M, other=0.0)
+                    total -= c2[:, None]
+                total *= rstd[:, None]
+        if HAS_DR:
+            total += _load_tile(dr_ptr, rows, stride_dr_row, cols, M, N)
+        if NEEDS_DRESIDUAL:
+            value = total.to(dresidual_ptr.dtype.element_ty)
+            tl.store(dresidual_ptr + at, value, mask=mask)
+        if NEEDS_DX or NEEDS_DX_BIAS:
+            if HAS_DROPOUT:
+                head = tl.full((), 0, tl.int32)
+                total *= dropout_factors(
+                    tl.load(seed_ptr), head, first_row, first_col, threshold, BLOCK_M, BLOCK_N
+                )
+            if NEEDS_DX:
+                tl.store(dx_ptr + at, total.to(dx_ptr.dtype.element_ty), mask=mask)
+            if NEEDS_DX_BIAS:
+                dx_bias += tl.where(mask, total, 0.0)
+    partial_ptr += program * 3 * N + cols
+    if NEEDS_DW:
+        tl.store(partial_ptr, tl.sum(dw, 0), mask=cols < N)
+    if NEEDS_DB:
+        tl.store(partial_ptr + N, tl.sum(db, 0), mask=cols < N)
+    if NEEDS_DX_BIAS:
+        tl.store(partial_ptr + 2 * N, tl.sum(dx_bias, 0), mask=cols < N)
 
 
 @triton.jit
-def _wdy_xhat(dy_ptr, x_ptr, w_ptr, mean, rstd, cols, N, HAS_W: tl.constexpr):
-    mask = cols < N
-    wdy = tl.load(dy_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_W:
-        wdy *= tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return wdy, tl.where(mask, (x - mean) * rstd, 0.0)
-
-
-@triton.jit
-def layer_norm_bwd_dw_wide_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr, M, N, BLOCK_N: tl.constexpr
+def norm_sum_kernel(
+    partial_ptr,
+    dw_ptr,
+    db_ptr,
+    dx_bias_ptr,
+    programs,
+    N,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    NEEDS_DX_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Sums of one block of columns over the rows p, p + P, ...: N is wider than a block."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    program, programs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    mask = cols < N
-    dw = tl.zeros((BLOCK_N,), tl.float32)
-    db = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(tl.cdiv(M - tl.program_id(1), programs)):
-        row = program + i * programs
-        at = row * N + cols
-        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dw += dy * (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row)
-        db += dy
-    partial_ptr += program * 2 * N
-    tl.store(partial_ptr + cols, dw, mask=mask)
-    tl.store(partial_ptr + N + cols, db, mask=mask)
+    """dw_j = sum_p partial_p0j, db_j = sum_p partial_p1j, dx_bias_j = sum_p partial_p2j."""
+    first = tl.program_id(0) * COLUMNS
+    if NEEDS_DW:
+        _sum_slot(partial_ptr, dw_ptr, first, programs, N, ROWS, COLUMNS)
+    if NEEDS_DB:
+        _sum_slot(partial_ptr + N, db_ptr, first, programs, N, ROWS, COLUMNS)
+    if NEEDS_DX_BIAS:
+        _sum_slot(partial_ptr + 2 * N, dx_bias_ptr, first, programs, N, ROWS, COLUMNS)
 
 
 @triton.jit
-def layer_norm_bwd_sum_kernel(partial_ptr, dw_ptr, db_ptr, programs, N, BLOCK_N: tl.constexpr):
-    """dw_j = sum_p partial_p0j and db_j = sum_p partial_p1j, in the order of p."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < N
-    dw = tl.zeros((BLOCK_N,), tl.float32)
-    db = tl.zeros((BLOCK_N,), tl.float32)
-    for _ in range(programs):
-        dw += tl.load(partial_ptr + cols, mask=mask, other=0.0)
-        db += tl.load(partial_ptr + N + cols, mask=mask, other=0.0)
-        partial_ptr += 2 * N
-    tl.store(dw_ptr + cols, dw, mask=mask)
-    tl.store(db_ptr + cols, db, mask=mask)
+def _sum_slot(ptr, sum_ptr, first, programs, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    cols = first + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, programs, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        total += _load_tile(ptr, rows, 3 * N, cols, programs, N)
+    tl.store(sum_ptr + cols, tl.sum(total, 0), mask=cols < N)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as (M, N) with unit stride along N; copied only where its strides forbid that."""
+    N = x.shape[-1]
+    x = x.reshape(x.shape[:-1].numel(), N)
+    return x if N <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    w: torch.Tensor | None,
+    b: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    is_rms: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, r, mean and rstd; r is empty without a residual, mean with `is_rms`."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    r = x.new_empty(0)
+    if residual is not None:
+        r = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    mean = rstd.new_empty(0) if is_rms else torch.empty_like(rstd)
+    M, N = rstd.numel(), x.shape[-1]
+    if M:
+        config = pick_config(M, N, x.element_size(), target_of(x.device))
+        x = as_rows(x)
+        residual = None if residual is None else as_rows(residual)
+        norm_fwd_kernel[(triton.cdiv(M, config.block_m),)](
+            x,
+            residual,
+            _contiguous(x_bias),
+            _contiguous(w),
+            _contiguous(b),
+            seed,
+            y,
+            r,
+            mean,
+            rstd,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            M,
+            N,
+            eps,
+            dropout_threshold(dropout_p),
+            IS_RMS=is_rms,
+            HAS_RESIDUAL=residual is not None,
+            HAS_X_BIAS=x_bias is not None,
+            HAS_DROPOUT=seed is not None,
+            HAS_W=w is not None,
+            HAS_B=b is not None,
+            ONE_BLOCK=config.block_n >= N,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+    return y, r, mean, rstd
+
+
+def _backward(
+    r: torch.Tensor,
+    dy: torch.Tensor | None,
+    dr: torch.Tensor | None,
+    w: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dresidual, dx, dw, db, dx_bias; without mean, those of RMSNorm."""
+    M, N = rstd.numel(), r.shape[-1]
+    dresidual, dx = (
+        torch.empty_like(r, dtype=dtype, memory_format=torch.contiguous_format)
+        if need
+        else r.new_empty(0, dtype=dtype)
+        for need, dtype in zip(needs, (r.dtype, x_dtype), strict=False)
+    )
+    make = torch.empty if M else torch.zeros
+    sums = [make(N if need else 0, dtype=torch.float32, device=r.device) for need in needs[2:]]
+    if M and N and any(needs):
+        config = pick_config(M, N, r.element_size(), target_of(r.device), backward=True)
+        shape = (config.programs, 3, N) if any(needs[2:]) else (0,)
+        partial = torch.empty(shape, dtype=torch.float32, device=r.device)
+        blocks = triton.cdiv(N, config.block_n)
+        r, rstd, w, mean = as_rows(r), rstd.contiguous(), _contiguous(w), _contiguous(mean)
+        dy, dr = (None if g is None else as_rows(g) for g in (dy, dr))
+        stride_dy_row, stride_dr_row = (0 if g is None else g.stride(0) for g in (dy, dr))
+        c = None
+        if blocks > 1 and dy is not None and (needs[0] or needs[1] or needs[4]):
+            c = torch.empty((2, M), dtype=torch.float32, device=r.device)
+            norm_row_means_kernel[(M,)](
+                dy,
+                r,
+                w,
+                mean,
+                rstd,
+                c,
+                stride_dy_row,
+                r.stride(0),
+                M,
+                N,
+                IS_RMS=mean is None,
+                HAS_W=w is not None,
+                BLOCK_N=config.block_n,
+                num_warps=config.num_warps,
+            )
+        norm_bwd_kernel[(config.programs, blocks)](
+            dy,
+            dr,
+            r,
+            w,
+            mean,
+            rstd,
+            c,
+            seed,
+            dx,
+            dresidual,
+            partial,
+            stride_dy_row,
+            stride_dr_row,
+            r.stride(0),
+            M,
+            N,
+            dropout_threshold(dropout_p),
+            IS_RMS=mean is None,
+            HAS_DY=dy is not None,
+            HAS_DR=dr is not None,
+            HAS_W=w is not None,
+            HAS_DROPOUT=seed is not None,
+            NEEDS_DRESIDUAL=needs[0],
+            NEEDS_DX=needs[1],
+            NEEDS_DW=needs[2],
+            NEEDS_DB=needs[3],
+            NEEDS_DX_BIAS=needs[4],
+            ONE_BLOCK=blocks == 1,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+        if any(needs[2:]):
+            norm_sum_kernel[(triton.cdiv(N, SUM_COLUMNS),)](
+                partial,
+                *sums,
+                config.programs,
+                N,
+                NEEDS_DW=needs[2],
+                NEEDS_DB=needs[3],
+                NEEDS_DX_BIAS=needs[4],
+                ROWS=SUM_ROWS,
+                COLUMNS=SUM_COLUMNS,
+            )
+    return dresidual, dx, *sums  # type: ignore[return-value]
 
 
 def layer_norm_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::layer_norm_fwd`."""
-    x = x.contiguous()
-    N = x.shape[-1]
-    y = torch.empty_like(x)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    M = mean.numel()
-    if M:
-        config = pick_config(M, N)
-        layer_norm_fwd_kernel[(M,)](
-            x,
-            None if w is None else w.contiguous(),
-            None if b is None else b.contiguous(),
-            y,
-            mean,
-            rstd,
-            N,
-            eps,
-            HAS_W=w is not None,
-            HAS_B=b is not None,
-            ONE_BLOCK=config.block_n >= N,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )
+    y, _, mean, rstd = _forward(x, None, w, b, None, None, eps, 0.0, is_rms=False)
     return y, mean, rstd
 
 
@@ -268,49 +558,79 @@ def layer_norm_bwd(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::layer_norm_bwd`."""
-    dy, x, mean, rstd = dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous()
-    w = None if w is None else w.contiguous()
-    M, N = mean.numel(), x.shape[-1]
-    needs_dw = needs[1] or needs[2]
-    dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
-    dw = x.new_zeros(N if needs_dw else 0, dtype=torch.float32)
-    db = torch.zeros_like(dw)
-    if M and N:
-        config = pick_config(M, N)
-        block_n, warps = config.block_n, config.num_warps
-        partial_shape = (config.programs, 2, N) if needs_dw else (0,)
-        partial = torch.empty(partial_shape, dtype=torch.float32, device=x.device)
-        blocks = triton.cdiv(N, block_n)
-        if blocks == 1:
-            layer_norm_bwd_kernel[(config.programs,)](
-                dy,
-                x,
-                w,
-                mean,
-                rstd,
-                dx,
-                partial,
-                M,
-                N,
-                HAS_W=w is not None,
-                NEEDS_DX=needs[0],
-                NEEDS_DW=needs_dw,
-                BLOCK_N=block_n,
-                num_warps=warps,
-            )
-        else:
-            if needs[0]:
-                layer_norm_bwd_dx_wide_kernel[(M,)](
-                    dy, x, w, mean, rstd, dx, N,
-                    HAS_W=w is not None, BLOCK_N=block_n, num_warps=warps,
-                )  # fmt: skip
-            if needs_dw:
-                layer_norm_bwd_dw_wide_kernel[(blocks, config.programs)](
-                    dy, x, mean, rstd, partial, M, N, BLOCK_N=block_n, num_warps=warps
-                )
-        if needs_dw:
-            sum_block = min(block_n, 256)
-            layer_norm_bwd_sum_kernel[(triton.cdiv(N, sum_block),)](
-                partial, dw, db, config.programs, N, BLOCK_N=sum_block, num_warps=1
-            )
-    return dx, dw if needs[1] else dw.new_empty(0), db if needs[2] else db.new_empty(0)
+    dx, _, dw, db, _ = _backward(
+        x, dy, None, w, mean, rstd, None, 0.0, x.dtype, [needs[0], False, *needs[1:], False]
+    )
+    return dx, dw, db
+
+
+def rms_norm_fwd(
+    x: torch.Tensor, w: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `triton` backend of `gptfast::rms_norm_fwd`."""
+    y, _, _, rstd = _forward(x, None, w, None, None, None, eps, 0.0, is_rms=True)
+    return y, rstd
+
+
+def rms_norm_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `triton` backend of `gptfast::rms_norm_bwd`."""
+    dx, _, dw, _, _ = _backward(
+        x, dy, None, w, None, rstd, None, 0.0, x.dtype, [needs[0], False, needs[1], False, False]
+    )
+    return dx, dw
+
+
+def add_layer_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    w: torch.Tensor | None,
+    b: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `triton` backend of `gptfast::add_layer_norm_fwd`."""
+    return _forward(x, residual, w, b, x_bias, seed, eps, dropout_p, is_rms=False)
+
+
+add_layer_norm_bwd = _backward  # the `triton` backend of `gptfast::add_layer_norm_bwd`
+
+
+def add_rms_norm_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    w: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `triton` backend of `gptfast::add_rms_norm_fwd`."""
+    y, r, _, rstd = _forward(x, residual, w, None, x_bias, seed, eps, dropout_p, is_rms=True)
+    return y, r, rstd
+
+
+def add_rms_norm_bwd(
+    r: torch.Tensor,
+    dy: torch.Tensor | None,
+    dr: torch.Tensor | None,
+    w: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `triton` backend of `gptfast::add_rms_norm_bwd`."""
+    needs = [*needs[:3], False, needs[3]]
+    dresidual, dx, dw, _, dx_bias = _backward(
+        r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
+    )
+    return dresidual, dx, dw, dx_bias

@@ -18,6 +18,9 @@ PAIRS = [
     (gptfast.nn.LayerNorm, nn.LayerNorm, {"normalized_shape": (4, 6), "eps": 1e-3}),
     (gptfast.nn.LayerNorm, nn.LayerNorm, {"normalized_shape": 24, "bias": False}),
     (gptfast.nn.LayerNorm, nn.LayerNorm, {"normalized_shape": 24, "elementwise_affine": False}),
+    (gptfast.nn.RMSNorm, nn.RMSNorm, {"normalized_shape": 24}),
+    (gptfast.nn.RMSNorm, nn.RMSNorm, {"normalized_shape": (4, 6), "eps": 1e-3}),
+    (gptfast.nn.RMSNorm, nn.RMSNorm, {"normalized_shape": 24, "elementwise_affine": False}),
     (gptfast.nn.GELU, nn.GELU, {}),
     (gptfast.nn.GELU, nn.GELU, {"approximate": "tanh"}),
 ]
@@ -86,9 +89,10 @@ def test_class_probabilities_are_refused():
         gptfast.nn.CrossEntropyLoss()(torch.randn(2, 3), torch.rand(2, 3))
 
 
-def test_layer_norm_names_a_wrong_shape():
-    with pytest.raises(ValueError, match=r"x must end in \(4, 6\), got \(5, 24\)"):
-        gptfast.nn.LayerNorm((4, 6))(torch.randn(5, 24))
+@pytest.mark.parametrize("module", [gptfast.nn.LayerNorm, gptfast.nn.RMSNorm])
+def test_a_norm_names_a_wrong_shape(module):
+    with pytest.raises(ValueError, match=r"Norm: x must end in \(4, 6\), got \(5, 24\)"):
+        module((4, 6))(torch.randn(5, 24))
 
 
 def plain_attention(module, x):

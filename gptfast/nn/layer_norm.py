@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gptfast.ops import layer_norm
@@ -18,13 +20,24 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the trailing dimensions of x."""
-        n = len(self.normalized_shape)
-        if tuple(x.shape[-n:]) != self.normalized_shape:
-            raise ValueError(
-                f"LayerNorm: x must end in {tuple(self.normalized_shape)}, got {tuple(x.shape)}"
-            )
-        if n == 1:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        weight = None if self.weight is None else self.weight.flatten()
-        bias = None if self.bias is None else self.bias.flatten()
-        return layer_norm(x.flatten(-n), weight, bias, self.eps).view(x.shape)
+        flat, weight, bias = over_trailing_dimensions(
+            "LayerNorm", x, self.normalized_shape, self.weight, self.bias
+        )
+        y = layer_norm(flat, weight, bias, self.eps)
+        return y if flat is x else y.view(x.shape)
+
+
+def over_trailing_dimensions(
+    module: str, x: torch.Tensor, shape: tuple[int, ...], *parameters: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """x and the parameters of a norm with the dimensions of `shape` as one, which ops normalise.
+
+    Raises:
+        ValueError: x does not end in `shape`.
+    """
+    n = len(shape)
+    if tuple(x.shape[-n:]) != shape:
+        raise ValueError(f"{module}: x must end in {tuple(shape)}, got {tuple(x.shape)}")
+    if n == 1:
+        return x, *parameters
+    return x.flatten(-n), *(None if p is None else p.flatten() for p in parameters)

@@ -1,24 +1,32 @@
 """The ops: one file each, with maths, reference, registration and public function."""
 
+from gptfast.ops.add_layer_norm import add_layer_norm
+from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.attention import attention
 from gptfast.ops.bias_gelu import bias_gelu
 from gptfast.ops.cross_entropy import cross_entropy
+from gptfast.ops.dropout_add import dropout_add
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
 from gptfast.ops.glu import geglu, swiglu
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy
+from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_cache
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "dropout_add",
     "embedding",
     "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "rms_norm",
     "rope",
     "rope_cache",
     "swiglu",

@@ -31,6 +31,14 @@ def reference_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
     """The formula in PyTorch."""
+    y, mean, rstd = normalise(x, w, b, eps)
+    return y.to(x.dtype).contiguous(), mean, rstd
+
+
+def normalise(
+    x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
+) -> Tensors3:
+    """y, mean and rstd in the dtype of the statistics."""
     xf = x.to(statistics_dtype(x.dtype))
     mean = xf.mean(-1)
     centred = xf - mean.unsqueeze(-1)
@@ -40,7 +48,7 @@ def reference_fwd(
         y = y * w
     if b is not None:
         y = y + b
-    return y.to(x.dtype).contiguous(), mean, rstd
+    return y, mean, rstd
 
 
 def reference_bwd(
@@ -52,21 +60,41 @@ def reference_bwd(
     needs: list[bool],
 ) -> Tensors3:
     """The gradient formulas in PyTorch."""
+    dx, dw, db = gradients(dy, x, w, mean, rstd, needs)
+    return dx.to(x.dtype).contiguous(), dw, db
+
+
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors3:
+    """dx, dw and db in the dtype of the statistics; without mean, RMSNorm's."""
     dtype = statistics_dtype(x.dtype)
     dyf = dy.to(dtype)
     rs = rstd.unsqueeze(-1)
-    xhat = (x.to(dtype) - mean.unsqueeze(-1)) * rs
-    dx = dw = db = dy.new_empty(0)
+    xf = x.to(dtype)
+    xhat = (xf if mean is None else xf - mean.unsqueeze(-1)) * rs
+    dx = dw = db = dyf.new_empty(0)
     if needs[0]:
         wdy = dyf if w is None else dyf * w
-        c1 = (wdy * xhat).mean(-1, keepdim=True)
-        c2 = wdy.mean(-1, keepdim=True)
-        dx = ((wdy - c1 * xhat - c2) * rs).to(x.dtype).contiguous()
+        dx = wdy - (wdy * xhat).mean(-1, keepdim=True) * xhat
+        if mean is not None:
+            dx = dx - wdy.mean(-1, keepdim=True)
+        dx = dx * rs
     if needs[1]:
-        dw = (dyf * xhat).flatten(0, -2).sum(0) if x.dim() > 1 else dyf * xhat
+        dw = sum_rows(dyf * xhat)
     if needs[2]:
-        db = dyf.flatten(0, -2).sum(0) if x.dim() > 1 else dyf.clone()
+        db = sum_rows(dyf)
     return dx, dw, db
+
+
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """sum_i x_ij over all dimensions but the last, in fresh memory."""
+    return x.flatten(0, -2).sum(0) if x.dim() > 1 else x.clone()
 
 
 def cpu_fwd(
@@ -215,6 +243,18 @@ layer_norm_fwd = define(
 )
 
 
+def check_rows(op: str, x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """Check x (..., N) and parameters (N,), which may be absent."""
+    check_floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_floating(op, name, parameter)
+            check_shape(op, name, parameter, (x.shape[-1],))
+    check_device(op, x.device, **parameters)
+
+
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -239,12 +279,5 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
-    check_floating("layer_norm", "x", x)
-    if x.dim() == 0:
-        raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_floating("layer_norm", name, parameter)
-            check_shape("layer_norm", name, parameter, (x.shape[-1],))
-    check_device("layer_norm", x.device, weight=weight, bias=bias)
+    check_rows("layer_norm", x, weight=weight, bias=bias)
     return layer_norm_fwd(x, weight, bias, eps)[0]

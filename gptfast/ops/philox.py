@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from gptfast.ops.library import check_device, check_shape
+
 
 def dropout_factors(
     seed: torch.Tensor,
@@ -49,3 +51,38 @@ def _multiply_wide(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def row_factors(
+    seed: torch.Tensor, shape: torch.Size, dropout_p: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The factors of a tensor of this shape, whose rows are one matrix: head 0."""
+    N = shape[-1]
+    i = torch.arange(shape[:-1].numel(), device=seed.device)[:, None]
+    j = torch.arange(N, device=seed.device)
+    return dropout_factors(seed, torch.zeros_like(j), i, j, dropout_p, dtype).view(shape)
+
+
+def checked_seed(
+    op: str, seed: torch.Tensor | None, dropout_p: float, device: torch.device
+) -> torch.Tensor | None:
+    """The seed of a call, drawn from PyTorch's generator if it is None; None without dropout.
+
+    Raises:
+        TypeError: seed is no int64 tensor.
+        ValueError: seed is no scalar, or dropout_p is outside [0, 1).
+        RuntimeError: seed is on another device.
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None:
+        if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64:
+            given = seed.dtype if isinstance(seed, torch.Tensor) else type(seed).__name__
+            raise TypeError(f"{op}: seed must be an int64 scalar tensor, got {given}")
+        check_shape(op, "seed", seed, ())
+        check_device(op, device, seed=seed)
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    return seed

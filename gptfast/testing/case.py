@@ -95,6 +95,7 @@ class OpRow:
             dtype; otherwise in fp32, since every backend's elementwise arithmetic is fp32.
         float32_result: whether results are float32 whatever the inputs are; or the names of those
             that are.
+        like: results that have the dtype of an input, each with that input's name.
         reports: what the static report compiles for every target and executes to count bytes: real
             widths, head dims and vocabularies, with so few rows that each takes seconds.
     """
@@ -112,4 +113,5 @@ class OpRow:
     results: tuple[str, ...] = ("result",)
     matrix_units: bool = False
     float32_result: bool | tuple[str, ...] = False
+    like: Mapping[str, str] = field(default_factory=dict)
     reports: tuple[Case, ...] = ()

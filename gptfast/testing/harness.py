@@ -73,7 +73,9 @@ class Problem:
             is_result = name in self.dys
             got, what = results[name], name if is_result else f"gradient of {name}"
             expected = (
-                result_dtype(self.case, name, self.dtype) if is_result else self.inputs[name].dtype
+                result_dtype(self.case, name, self.dtype, self.inputs)
+                if is_result
+                else self.inputs[name].dtype
             )
             title = f"{self.case}, {backends.dtype_name(self.dtype)}, {what}"
             if got.dtype != expected:
@@ -85,9 +87,12 @@ class Problem:
         return ratios
 
 
-def result_dtype(case: Case, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What one of the op's results must have where the inputs have `dtype`."""
-    fixed = OPS[case.op].float32_result
+def result_dtype(case: Case, name: str, dtype: torch.dtype, inputs: Inputs) -> torch.dtype:
+    """What one of the op's results must have where the inputs are made for `dtype`."""
+    row = OPS[case.op]
+    if name in row.like:
+        return inputs[row.like[name]].dtype
+    fixed = row.float32_result
     return torch.float32 if fixed is True or (fixed and name in fixed) else dtype
 
 
@@ -112,7 +117,7 @@ def make_problem(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem
 
     @functools.cache
     def dy(name: str, shape: torch.Size) -> torch.Tensor:
-        own = result_dtype(case, name, dtype)
+        own = result_dtype(case, name, dtype, inputs)
         return lay_out(draw(shape).to(dtype).to(device, own), case.grad_layout)
 
     wide = _cast(inputs, torch.float64)
@@ -123,8 +128,9 @@ def make_problem(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem
     magnitudes = row.magnitudes(wide, case.options, *(x.double() for x in dys.values()))
     bounds = {}
     for name in exact:
-        own = result_dtype(case, name, dtype) if name in dys else inputs[name].dtype
-        storage = dtype if row.matrix_units else None
+        own = result_dtype(case, name, dtype, inputs) if name in dys else inputs[name].dtype
+        stored = row.matrix_units or magnitudes[name].stored is not None
+        storage = dtype if stored else None
         equal = case.values == "constant"
         bounds[name] = rounding_bound(exact[name], magnitudes[name], own, storage, equal)
     return Problem(case, dtype, inputs, dys, exact, peer, bounds)

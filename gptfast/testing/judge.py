@@ -15,11 +15,14 @@ class Magnitude(NamedTuple):
     condition: how far those terms move, in units of u, when every intermediate they are made from
         (a mean, a score, a log-sum-exp) moves by u times its own terms.
     length: the longest sum on the way.
+    stored: how far the element moves, in units of the storage dtype's u, when an intermediate that
+        the op returns, too, is rounded to that dtype; None where there is no such thing.
     """
 
     terms: torch.Tensor
     condition: torch.Tensor
     length: int
+    stored: torch.Tensor | None = None
 
 
 # exp may flush what is below 2^-126. Added to a probability among the terms, this allows u32 times
@@ -41,7 +44,7 @@ def rounding_bound(
 ) -> torch.Tensor:
     """How far from `exact` an honest kernel may be, element by element.
 
-        u |exact|  +  u32 (4 + sqrt(length)) (terms + condition)  +  u_storage terms  +  underflow
+        u |exact|  +  u32 (4 + sqrt(length)) (terms + condition)  +  u_storage stored  +  underflow
 
     1. One rounding of the result to its own dtype: all that half precision may cost, because
        statistics and sums are fp32.
@@ -51,8 +54,8 @@ def rounding_bound(
        products, an exp, a division. `condition` passes on what intermediates lost. Proportional to
        the *terms*, the bound forgives cancellation and nothing else: an element that does not
        cancel is held to a few ulp however small it is, which no norm over the tensor can do.
-    3. Only with `storage`: matrix units take operands of that dtype; attention rounds p and ds
-       once.
+    3. Only with `storage`: matrix units take operands of that dtype (attention rounds p and ds
+       once), so stored is terms; or the magnitude says itself what is stored.
     4. fp32 below 2^-126 may be flushed; fp16 has steps of 2^-24 there.
 
     The probability in 2 is that of independent errors. With `equal_terms` every addition of a sum
@@ -60,11 +63,11 @@ def rounding_bound(
     """
     u = unit_roundoff(dtype)
     u_arithmetic = min(u, unit_roundoff(torch.float32))
-    terms, condition, n = magnitude
+    terms, condition, n, stored = magnitude
     growth = 4 + (n / 4 if equal_terms else math.sqrt(n))
     bound = u * exact.abs() + u_arithmetic * growth * (terms + condition)
     if storage is not None:
-        bound = bound + unit_roundoff(storage) * terms
+        bound = bound + unit_roundoff(storage) * (terms if stored is None else stored)
     return bound + (2.0**-25 if dtype == torch.float16 else 2.0**-126)
 
 

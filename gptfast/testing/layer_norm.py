@@ -12,36 +12,46 @@ import torch
 from torch.nn import functional as F
 
 from gptfast.ops import layer_norm
-from gptfast.testing.case import Case, Inputs, OpRow, Options
+from gptfast.testing.case import Case, Inputs, OpRow
 from gptfast.testing.judge import Magnitude
 from gptfast.testing.memory import LAYOUTS
 
 
-def _inputs(case: Case, dtype: torch.dtype, draw: Any) -> dict[str, Any]:
-    N = case.shape[-1]
-
-    def parameter(name: str, mean: float) -> torch.Tensor | None:
+def parameters(
+    case: Case, dtype: torch.dtype, draw: Any, **means: float
+) -> dict[str, torch.Tensor | None]:
+    """The parameters (N,) of a norm by name, each as its option says, about its mean."""
+    found: dict[str, torch.Tensor | None] = {}
+    for name, mean in means.items():
         kind = case.options.get(name, "same")
-        if kind is None:
-            return None
-        return (draw((N,)) + mean).to(dtype if kind == "same" else getattr(torch, kind))
+        found[name] = None
+        if kind is not None:
+            own = dtype if kind == "same" else getattr(torch, kind)
+            found[name] = (draw((case.shape[-1],)) + mean).to(own)
+    return found
 
-    x = draw(case.shape, case.values).to(dtype)
-    return {"x": x, "weight": parameter("weight", 1), "bias": parameter("bias", 0)}
+
+def _inputs(case: Case, dtype: torch.dtype, draw: Any) -> dict[str, Any]:
+    given = parameters(case, dtype, draw, weight=1, bias=0)
+    return {"x": draw(case.shape, case.values).to(dtype), **given}
 
 
-def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
-    x, w, b = i["x"], i["weight"], i["bias"]
+def magnitudes(
+    i: Inputs, eps: float, dy: torch.Tensor, *, centre: bool = True
+) -> dict[str, Magnitude]:
+    """Of y = layer_norm(x), as "result", and its gradients; without `centre`, of rms_norm."""
+    x, w, b = i["x"], i["weight"], i.get("bias")
     N = x.shape[-1]
     x, dy = (t.unsqueeze(0).flatten(0, -2) for t in (x, dy))
     w = torch.ones(N).to(x) if w is None else w
-    centred = x - x.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + options.get("eps", 1e-5)).rsqrt()
+    centred = x - x.mean(-1, keepdim=True) if centre else x
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = (centred * rstd).abs()
-    shift = rstd * x.abs().mean(-1, keepdim=True)  # how far xhat moves when the mean does, by u
+    # How far xhat moves when the mean does, by u.
+    shift = rstd * x.abs().mean(-1, keepdim=True) * float(centre)
     wdy = (w * dy).abs()
     c1, c1_moves = (wdy * xhat).mean(-1, keepdim=True), (wdy * shift).mean(-1, keepdim=True)
-    c2 = wdy.mean(-1, keepdim=True)
+    c2 = wdy.mean(-1, keepdim=True) * float(centre)
     bias = torch.zeros(N).to(x) if b is None else b.abs()
     M, shape = x.shape[0], i["x"].shape
     return {
@@ -85,7 +95,7 @@ ROW = OpRow(
     peer=lambda i, o: F.layer_norm(
         i["x"], i["x"].shape[-1:], i["weight"], i["bias"], o.get("eps", 1e-5)
     ),
-    magnitudes=_magnitudes,
+    magnitudes=lambda i, o, dy: magnitudes(i, o.get("eps", 1e-5), dy),
     gradients=("x", "weight", "bias"),
     cases=tuple(_cases()),
     examples=(Case("layer_norm", (9, 33)),),

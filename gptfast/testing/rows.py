@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptfast.testing import (
+    add_layer_norm,
+    add_rms_norm,
     attention,
     bias_gelu,
     cross_entropy,
+    dropout_add,
     embedding,
     gelu,
     glu,
     layer_norm,
     linear_cross_entropy,
+    rms_norm,
     rope,
 )
 from gptfast.testing.case import Case, OpRow
 
 OPS: Mapping[str, OpRow] = {
+    "add_layer_norm": add_layer_norm.ROW,
+    "add_rms_norm": add_rms_norm.ROW,
     "attention": attention.ROW,
     "bias_gelu": bias_gelu.ROW,
     "cross_entropy": cross_entropy.ROW,
+    "dropout_add": dropout_add.ROW,
     "embedding": embedding.ROW,
     "gelu": gelu.ROW,
     "glu": glu.ROW,
     "layer_norm": layer_norm.ROW,
     "linear_cross_entropy": linear_cross_entropy.ROW,
+    "rms_norm": rms_norm.ROW,
     "rope": rope.ROW,
 }
 CASES: tuple[Case, ...] = tuple(case for row in OPS.values() for case in row.cases)
