@@ -52,10 +52,11 @@ def pick_config(V: int, target: Target) -> Config:
 @triton.jit
 def softcapped(x, softcap, HAS_SOFTCAP: tl.constexpr):
     """z and dz/dx."""
+    z, slope = x, 1.0
     if HAS_SOFTCAP:
-        z, slope = tanh_and_slope(x / softcap)
-        return z * softcap, slope
-    return x, 1.0
+        t, slope = tanh_and_slope(x / softcap)
+        z = t * softcap
+    return z, slope
 
 
 @triton.jit
@@ -323,6 +324,7 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::cross_entropy_fwd`."""
     x, target = x.contiguous(), target.contiguous()
@@ -362,7 +364,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace: bool,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """The `triton` backend of `gptfast::cross_entropy_bwd` and `cross_entropy_bwd_`."""
     x = x.contiguous()

@@ -13,15 +13,18 @@ import torch
 
 from benchmarks.tune import tune_case
 from gptfast import backend, tuning
-from gptfast.kernels import cross_entropy, layer_norm
+from gptfast.kernels import cross_entropy, layer_norm, linear_cross_entropy
 from gptfast.testing import CASES, DTYPES, OPS, Case, run_case
 
-IN_TRITON = [op for op in OPS if "triton" in backend.OPS[op].implementations]
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
 
 
 def work(case):
-    """Elements of a case; of the scores, for attention, where dropout costs ten times as much."""
+    """Elements of a case; of the logits, for linear_cross_entropy; of the scores, for attention,
+    where dropout costs ten times as much.
+    """
+    if case.op == "linear_cross_entropy":
+        return torch.Size(case.shape[:-1]).numel()
     if case.op != "attention":
         return torch.Size(case.shape).numel()
     B, H, _, T, S, _ = case.shape
@@ -29,20 +32,18 @@ def work(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.op in IN_TRITON and work(c) <= LARGE], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in CASES if work(c) <= LARGE], ids=str)
 def test_case(case, dtype):
     run_case(case, "triton", dtype)
 
 
-@pytest.mark.parametrize("op", IN_TRITON)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("n", [1, 15, 16, 17])
 def test_tails(op, n):
     run_case(OPS[op].tail(n), "triton")
 
 
-@pytest.mark.parametrize("op", IN_TRITON)
+@pytest.mark.parametrize("op", OPS)
 def test_a_planted_wrong_value_is_found(op, monkeypatch):
     implementations = backend.OPS[op].implementations
     right = implementations["triton"]
@@ -67,6 +68,18 @@ def test_rows_wider_than_a_block(monkeypatch):
         if (case.op.endswith("_norm") or case.op == "cross_entropy") and work(case) <= 700:
             run_case(case, "triton")
     tuning.forget()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_chunks_and_runs_of_the_vocabulary(dtype, monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 1)
+    monkeypatch.setattr(linear_cross_entropy, "vocabulary_runs", lambda M, V, config: 3)
+    options = {"bias": True, "weight": True, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 5.0}
+    for case in (
+        Case("linear_cross_entropy", (5, 400, 24)),
+        Case("linear_cross_entropy", (70, 300, 16), options={"reduction": "none", **options}),
+    ):
+        run_case(case, "triton", dtype)
 
 
 def test_tuning_changes_launches(tmp_path, monkeypatch):

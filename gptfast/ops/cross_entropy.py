@@ -46,8 +46,9 @@ def reference_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    inplace_backward: bool = False,
 ) -> Tensors2:
-    """The formula in PyTorch."""
+    """The formula in PyTorch; `inplace_backward` is remembered for backward, by autograd."""
     V = x.shape[-1]
     z = _softcapped(x.to(statistics_dtype(x.dtype)), softcap)
     ignored = target == ignore_index
@@ -78,7 +79,7 @@ def reference_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace: bool,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """The gradient formulas in PyTorch."""
     M, V = x.shape
@@ -106,6 +107,7 @@ def cpu_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    inplace_backward: bool = False,
 ) -> Tensors2:
     """The `cpu` backend of the forward op."""
     x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
@@ -141,7 +143,7 @@ def cpu_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace: bool,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """The `cpu` backend of the backward op."""
     x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
@@ -190,11 +192,11 @@ OP = backend.Op(
 
 
 def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
-    return OP.choose(x).fwd(x, *args[:-1])  # inplace_backward is for _setup_context
+    return OP.choose(x).fwd(x, *args)
 
 
 def _bwd(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return OP.choose(x).bwd(dloss, x, *args, False)
+    return OP.choose(x).bwd(dloss, x, *args)
 
 
 def _bwd_inplace(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> None:

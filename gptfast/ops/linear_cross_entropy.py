@@ -113,7 +113,11 @@ def _chunked(losses: backend.Implementation) -> backend.Implementation:
 
 OP = backend.Op(
     "linear_cross_entropy",
-    {name: _chunked(CROSS_ENTROPY.implementations[name]) for name in ("torch", "cpu")},
+    {
+        "torch": _chunked(CROSS_ENTROPY.implementations["torch"]),
+        "cpu": _chunked(CROSS_ENTROPY.implementations["cpu"]),
+        "triton": backend.triton_implementation("linear_cross_entropy"),
+    },
 )
 
 
@@ -220,9 +224,12 @@ def linear_cross_entropy(
         RuntimeError: tensors on different devices.
 
     Limits:
-        Extra memory, beside the gradients asked for: `CHUNK` (2^24) logits in x's dtype, or one row
-        if V is larger; in backward twice or four times as much for their gradient, and the sums of
-        the weight's gradient in float32.
+        Extra memory beside the gradients asked for, on the torch and cpu backends: 2^24 logits in
+        x's dtype, or one row of them if V is larger, and the sums of linear_weight's gradient in
+        float32; on torch also some float32 copies of the logits in a chunk. On triton nothing but
+        four floats for each row and run of the vocabulary in forward; in backward gradients of 2^25
+        logits in x's dtype, or as many as x has elements if that is more, and float32 sums of x's
+        gradient. float16 needs loss scaling, as always: gradients of logits below 2^-24 vanish.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
@@ -233,8 +240,10 @@ def linear_cross_entropy(
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (..., C), got a scalar")
     C = x.shape[-1]
-    if linear_weight.dim() != 2 or linear_weight.shape[1] != C:
-        raise ValueError(f"{op}: linear_weight must be (V, {C}), got {tuple(linear_weight.shape)}")
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != C or not linear_weight.shape[0]:
+        raise ValueError(
+            f"{op}: linear_weight must be (V, {C}) with V >= 1, got {tuple(linear_weight.shape)}"
+        )
     V = linear_weight.shape[0]
     check_shape(op, "linear_bias", linear_bias, (V,))
     # Autocast makes one dtype of several, but leaves float64 alone, as PyTorch's own does.
