@@ -13,6 +13,7 @@ import pytest
 import torch
 from places import INTERPRET
 
+from benchmarks.static_report.calls import triton_takes_cpu_tensors
 from gptfast import backend, targets
 from gptfast.testing import OPS, make_problem
 
@@ -38,10 +39,13 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def ttsem(monkeypatch):
+def ttsem():
     """Launches of Triton kernels go to ttsem, which takes tensors on the CPU."""
-    monkeypatch.setattr(backend, "interpreting", lambda x: True)
-    with targets.assume("sm_90"), sanitize.session(cc=90, cuda_is_cpu=False) as session:
+    with (
+        targets.assume("sm_90"),
+        triton_takes_cpu_tensors(),
+        sanitize.session(cc=90, cuda_is_cpu=False) as session,
+    ):
         yield
     assert session.launches
     assert not session.races_unchecked

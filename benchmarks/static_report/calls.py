@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 import gptfast
-from gptfast.backend import OPS as BACKENDS
-from gptfast.backend import Implementation
+from gptfast import backend
 from gptfast.testing import OPS, Case, record_calls
 from gptfast.testing.case import VALUES
+
+
+class RefusedError(RuntimeError):
+    """The triton backend does not run a call."""
 
 
 class Call(NamedTuple):
     """One call of a registered op, `layer_norm_bwd` for example."""
 
     name: str
+    op: Any
     args: tuple[Any, ...]
     reads: tuple[torch.Tensor, ...]
     writes: tuple[torch.Tensor, ...]  # results, and arguments that are written to
 
-    def triton(self) -> Any:
-        """The triton backend's function for it; None where the op has none, or refuses."""
-        op = BACKENDS.get(self.name.rsplit("_", 1)[0])
-        implementation: Implementation | None = op.implementations.get("triton") if op else None
-        if implementation is None:
-            return None
-        if self.name.endswith("_bwd"):
-            return implementation.bwd
-        refuses = implementation.why_not
-        return None if refuses and refuses(*self.args) else implementation.fwd
+    def run(self) -> Any:
+        """Call it on the triton backend.
+
+        Raises:
+            RefusedError: the op has no Triton kernel, or it cannot run this call.
+        """
+        with gptfast.use_backend("triton"), torch.no_grad():
+            try:
+                return self.op(*self.args)
+            except RuntimeError as error:
+                if "backend 'triton' is forced" in str(error):
+                    raise RefusedError(str(error)) from None
+                raise
+
+
+@contextlib.contextmanager
+def triton_takes_cpu_tensors() -> Iterator[None]:
+    """Let the triton backend accept tensors on the CPU, as it does in the interpreter."""
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(backend, "interpreting", return_value=True))
+        for op in backend.OPS.values():  # each remembers which backends take what
+            patches.enter_context(mock.patch.object(op, "_candidates", {}))
+        yield
 
 
 def registered_calls(case: Case, dtype: torch.dtype) -> list[Call]:
@@ -63,7 +83,7 @@ def _call(op: Any, args: tuple[Any, ...], output: Any) -> Call:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     name = op.name().split("::")[1]
-    return Call(name, args, tuple(_tensors(args)), tuple(_tensors([output, written])))
+    return Call(name, op, args, tuple(_tensors(args)), tuple(_tensors([output, written])))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

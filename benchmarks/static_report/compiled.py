@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -21,18 +20,18 @@ CUOBJDUMP = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cu
 BULK_COPY = 32 * 128  # bits, at least, that one cp.async.bulk moves: its size is not in the PTX
 
 
-def compile_launch(job: dict[str, str]) -> dict[str, Any]:
+def compile_launch(job: dict[str, Any]) -> dict[str, Any]:
     """Resources and instructions of one kernel.
 
     Args:
-        job: kernel (`Launch.path`) and specialization.
+        job: from `Launch.job`.
 
     Returns:
         regs (a thread), spills (bytes a thread), smem (bytes), tmem (columns), warps, dots (how
         many of the source's products became which matrix instruction), load_bits, load_share (of
         the loaded bits), store_bits.
     """
-    target = GPUTarget(**json.loads(job["specialization"])["target"])
+    target = GPUTarget(*job["target"])
     use_target(target)
     kernel = find_kernel(job["kernel"]).preload(job["specialization"])
     facts = {

@@ -25,7 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from gptfast import targets
+from benchmarks.static_report.calls import Call, triton_takes_cpu_tensors
+from gptfast import backend, targets
 
 
 class TargetOnly:
@@ -66,11 +67,7 @@ class Launch:
     kernel: JITFunction
     grid: tuple[int, ...]
     specialization: str  # Triton's JSON
-
-    @property
-    def path(self) -> str:
-        """Where a worker finds the kernel."""
-        return f"{self.kernel.module}:{self.kernel.fn.__qualname__}"
+    target: GPUTarget
 
     @property
     def name(self) -> str:
@@ -88,9 +85,18 @@ class Launch:
         """Compile options: num_warps, num_stages, ..."""
         return json.loads(self.specialization)["options"]
 
+    def job(self) -> dict[str, Any]:
+        """For the worker in `compiled`."""
+        return {
+            "kernel": f"{self.kernel.module}:{self.kernel.fn.__qualname__}",
+            "specialization": self.specialization,
+            "target": [self.target.backend, self.target.arch, self.target.warp_size],
+        }
+
     def fingerprint(self) -> str:
         """Changes with whatever the compiled kernel depends on, Triton apart."""
         data = json.loads(self.specialization)
+        data["target"] = str(self.target)  # which Triton 3.5 leaves out
         del data["key"], data["options"]["extern_libs"]
         return digest([source_of(self.kernel), data])
 
@@ -131,15 +137,33 @@ class _CountTorch(TorchDispatchMode):
         return output
 
 
-def record(call: Callable[..., Any], args: tuple[Any, ...], target: str) -> Recording:
-    """The launches that `call(*args)` makes on a target, in the order in which it makes them."""
+def record(call: Call, target: str) -> Recording:
+    """The launches that a call makes on a target, in the order in which it makes them.
+
+    Raises:
+        RefusedError: the triton backend does not run it.
+    """
     recording = Recording()
+    choose = backend.Op.choose
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with _CountTorch(recording):
+                return function(*args)
+
+        return run
+
+    def choose_counted(op: backend.Op, x: torch.Tensor, *args: Any) -> backend.Implementation:
+        chosen = choose(op, x, *args)
+        return backend.Implementation(counted(chosen.fwd), counted(chosen.bwd))
+
     with (
         targets.assume(target) as assumed,
+        triton_takes_cpu_tensors(),
+        mock.patch.object(backend.Op, "choose", choose_counted),
         _recording_launches(recording, assumed),
-        _CountTorch(recording),
     ):
-        call(*args)
+        call.run()
     return recording
 
 
@@ -154,7 +178,8 @@ def _recording_launches(recording: Recording, target: targets.Target) -> Iterato
         return run(self, *args, grid=grid, **kwargs)
 
     def remember_launch(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        launch = Launch(fn.jit_function, grids[-1], compile["specialization_data"])
+        data = compile["specialization_data"]
+        launch = Launch(fn.jit_function, grids[-1], data, gpu_target(target))
         recording.launches.append(launch)
         return True  # do not compile, and so do not launch
 
@@ -208,6 +233,6 @@ def _value_of(node: ast.AST, names: dict[str, Any]) -> Any:
 
 
 def find_kernel(path: str) -> JITFunction:
-    """The kernel that `Launch.path` names."""
+    """The kernel that `Launch.job` names."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

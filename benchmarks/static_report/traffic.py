@@ -195,7 +195,7 @@ def count_call(job: dict[str, Any]) -> dict[str, Any]:
     case = next(c for c in OPS[job["op"]].reports if str(c) == job["case"])
     call = registered_calls(case, getattr(torch, job["dtype"]))[job["call"]]
     with targets.assume(job["target"]), Counting() as counting:
-        results = call.triton()(*call.args)
+        results = call.run()
     results = results if isinstance(results, (list, tuple)) else (results,)
     counters = [counter for _, counter in counting.launches]
     written = {x.data_ptr(): x for x in (*results, *call.writes) if isinstance(x, torch.Tensor)}
