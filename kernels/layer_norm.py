@@ -9,13 +9,12 @@ writes y (and r) once. Rows wider than MAX_FORWARD are swept twice: the second t
 Backward: program p of P walks over the groups of BLOCK_M rows p, p + P, ..., and keeps the sums for
 dw, db and dx_bias of its columns in registers. It reads dy, r (and dr) and writes dresidual (and
 dx) once, and at the end its sums to its row of `partial` (P, 3, N) in fp32; `norm_sum_kernel` adds
-those rows in order, so the result is the same every time. Rows wider than MAX_BACKWARD have no room
-for the sums: `norm_row_means_kernel` first reads dy and r for c1 and c2, and the backward kernel,
-with one grid row per block of columns, then reads dy and r a second time.
+those rows in order, so the result is the same every time. Rows wider than MAX_BACKWARD leave no
+room for the sums: `norm_row_means_kernel` first reads dy and r for c1 and c2, and the backward
+kernel, with a block of columns for each program of grid axis 1, then reads both a second time.
 
-The kernels have more than 15 arguments: every tensor that may be absent is one, with its flag; near
-copies without them would be six times this file. At MAX_FORWARD and MAX_BACKWARD stands what the
-compiler said of wider blocks.
+The kernels have more than 15 arguments, and the file more than 500 lines: every tensor that may be
+absent is an argument with its flag, and near copies without them would be many more lines.
 """
 
 from __future__ import annotations
@@ -30,7 +29,11 @@ from gptfast.kernels.philox import dropout_factors
 from gptfast.ops.philox import dropout_threshold
 from gptfast.targets import Target, target_of
 
-MAX_FORWARD = 16384  # columns in registers
+# Columns that a program holds in registers. With 1024 threads each has 64 registers: 16 elements of
+# r and what the sums over a row need just fit. In backward each of 512 threads has 128 for its 16
+# elements: four of 32 bits for each, sums and inputs, fit; with more (three sums, or an fp32 stream
+# with two) the compiler spills, and rows are half as wide.
+MAX_FORWARD = 16384
 MAX_BACKWARD = 8192
 SUM_COLUMNS, SUM_ROWS = 32, 128  # tile of `partial`: 128-byte rows, 32 elements a thread
 
@@ -45,16 +48,37 @@ class Config:
     programs: int  # of backward: rows of `partial`
 
 
-def pick_config(M: int, N: int, itemsize: int, target: Target, backward: bool = False) -> Config:
-    """Launch sizes for M rows of N columns of `itemsize` bytes."""
-    block_n = min(triton.next_power_of_2(max(N, 16)), MAX_BACKWARD if backward else MAX_FORWARD)
-    tile = 4096 if backward else 2048
+def pick_config(
+    M: int, N: int, itemsize: int, target: Target, sums: int | None = None, read: int = 0
+) -> Config:
+    """Launch sizes for M rows of N columns of `itemsize` bytes.
+
+    Threads: 16 elements each, two 128-bit loads of every tensor in half precision, four in fp32;
+    fewer leave too little in flight to hide the latency of memory, more do not fit into registers.
+
+    block_m: narrow rows come several at a time, until a forward program has 4 warps (of 32) and a
+    backward one, of which there are few, 8. But few rows are spread: 512 programs occupy the 132 to
+    148 multiprocessors of large cards several times.
+
+    programs: `partial` is written and read once, 8 bytes a sum, program and column, where a row
+    takes at least 3 itemsize bytes a column. M itemsize / 64 programs keep it below a tenth of the
+    traffic with two sums; more than 1024 would not run at a time.
+
+    Args:
+        M, N, itemsize: as said.
+        target: its warps are of 32 or 64 threads.
+        sums: of backward, how many gradients of parameters; None means forward.
+        read: of backward, bytes of the inputs for one element.
+    """
+    if sums is None:
+        tile, widest = 2048, MAX_FORWARD
+    else:
+        tile, widest = 4096, MAX_BACKWARD if 4 * sums + read <= 16 else MAX_BACKWARD // 2
+    block_n = min(triton.next_power_of_2(max(N, 16)), widest)
     block_m = max(1, min(tile // block_n, triton.next_power_of_2(max(M // 512, 1))))
-    threads = max(block_m * block_n // 16, target.warp_size)
-    num_warps = min(threads // target.warp_size, 1024 // target.warp_size)
-    groups = triton.cdiv(M, block_m)
-    programs = max(1, min(groups, 1024, M * itemsize // 64))
-    return Config(block_m, block_n, num_warps, programs)
+    threads = min(max(block_m * block_n // 16, target.warp_size), 1024)
+    programs = max(1, min(triton.cdiv(M, block_m), 1024, M * itemsize // 64))
+    return Config(block_m, block_n, threads // target.warp_size, programs)
 
 
 @triton.jit
@@ -467,7 +491,10 @@ def _backward(
     make = torch.empty if M else torch.zeros
     sums = [make(N if need else 0, dtype=torch.float32, device=r.device) for need in needs[2:]]
     if M and N and any(needs):
-        config = pick_config(M, N, r.element_size(), target_of(r.device), backward=True)
+        read = sum(t.element_size() for t in (r, dy, dr) if t is not None)
+        config = pick_config(
+            M, N, r.element_size(), target_of(r.device), sums=sum(needs[2:]), read=read
+        )
         shape = (config.programs, 3, N) if any(needs[2:]) else (0,)
         partial = torch.empty(shape, dtype=torch.float32, device=r.device)
         blocks = triton.cdiv(N, config.block_n)

@@ -61,7 +61,7 @@ def test_a_planted_wrong_value_is_found(op, monkeypatch):
 
 def test_rows_wider_than_a_block(monkeypatch):
     monkeypatch.setattr(layer_norm, "MAX_FORWARD", 32)
-    monkeypatch.setattr(layer_norm, "MAX_BACKWARD", 16)
+    monkeypatch.setattr(layer_norm, "MAX_BACKWARD", 32)
     monkeypatch.setattr(cross_entropy, "MAX_BLOCK", 16)
     tuning.forget()
     for case in CASES:
