@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 void register_attention(py::module_& m);
 void register_cross_entropy(py::module_& m);
+void register_dropout_add(py::module_& m);
 void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_simd_probe(py::module_& m);
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   });
   register_attention(m);
   register_cross_entropy(m);
+  register_dropout_add(m);
   register_gelu(m);
   register_layer_norm(m);
   register_simd_probe(m);

@@ -164,3 +164,13 @@ def test_error(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("N", [1, 7, 8, 9, 33, 200])
+def test_dropout_mask_is_the_same_on_every_backend(N, isa):
+    x, zero, seed = torch.ones(5, N), torch.zeros(5, N), torch.tensor(-(2**61) - 99)
+    with gptfast.use_backend("cpu"):
+        kept = gptfast.dropout_add(x, zero, 0.37, seed)
+        _, stream = gptfast.add_rms_norm(x, zero, dropout_p=0.37, seed=seed)
+    assert torch.equal(kept, factors({"x": x, "seed": seed}, 0.37))
+    assert torch.equal(kept, stream)

@@ -1,28 +1,32 @@
-// LayerNorm over the last dimension of x (M rows, N columns), and its gradients.
+// LayerNorm and RMSNorm over the last dimension (M rows, N columns), and their gradients, alone or
+// behind the sum of the residual stream: r = residual + z (x + x_bias), or r = x.
 //
-//   mean = sum_j x_j / N,  rstd = 1 / sqrt(sum_j (x_j - mean)^2 / N + eps)
-//   xhat = (x - mean) rstd,  y = xhat w + b
-//   wdy = dy w,  c1 = mean_j(wdy xhat),  c2 = mean_j(wdy)
-//   dx = (wdy - c1 xhat - c2) rstd,  dw = sum_i dy xhat,  db = sum_i dy
+//   mean = sum_j r_j / N (0 in RMSNorm),  rstd = 1 / sqrt(sum_j (r_j - mean)^2 / N + eps)
+//   xhat = (r - mean) rstd,  y = xhat w + b
+//   wdy = dy w,  c1 = mean_j(wdy xhat),  c2 = mean_j(wdy) (0 in RMSNorm)
+//   dresidual = (wdy - c1 xhat - c2) rstd + dr,  dx = z dresidual
+//   dw = sum_i dy xhat,  db = sum_i dy,  dx_bias = sum_i dx
 //
-// Forward reads x and writes y once (the second and third sweep over a row hit the first-level
-// cache). Backward reads dy and x once and writes dx once. dw and db are summed in two stages: each
-// block of rows into its own fp32 row of `partial`, then those rows in order, so the result does
-// not depend on the number of threads.
-#include "isa.h"
-#include "parallel.h"
-#include "simd.h"
+// Forward reads x (and residual) and writes y (and r) once; later sweeps over a row hit the
+// first-level cache. Backward reads dy, r (and dr) once and writes dresidual (and dx) once. The
+// sums over rows have two stages: each block of rows into its own fp32 rows of `partial`, then
+// those in order, so the result does not depend on the number of threads.
+#include "residual.h"
 
-// w and b may be null. mean and rstd are (M,) fp32.
-DECLARE_KERNEL(layer_norm_fwd,
-               void(const void* x, const float* w, const float* b, void* y, float* mean,
-                    float* rstd, int64_t M, int64_t N, float eps, DType dtype))
-// dx, dw and db may be null: that gradient is then not computed. partial is (blocks, 2, N) fp32,
-// needed when dw or db is: block i covers rows [i M / blocks, (i + 1) M / blocks).
-DECLARE_KERNEL(layer_norm_bwd,
-               void(const void* dy, const void* x, const float* w, const float* mean,
-                    const float* rstd, void* dx, float* dw, float* db, float* partial,
-                    int64_t blocks, int64_t M, int64_t N, DType dtype))
+// residual, x_bias, w and b may be null; without residual r is not written. r has residual's dtype.
+// mean and rstd are (M,) fp32; without mean it is RMSNorm.
+DECLARE_KERNEL(norm_fwd, void(const void* x, const void* residual, const float* x_bias,
+                              const float* w, const float* b, void* y, void* r, float* mean,
+                              float* rstd, int64_t M, int64_t N, float eps, int64_t threshold,
+                              int64_t seed, DType x_dtype, DType r_dtype))
+// dy has x_dtype, r and dr have r_dtype; dy, dr and w may be null, and mean in RMSNorm. A gradient
+// whose pointer is null is not computed. partial is (blocks, 3, N) fp32, needed when dw, db or
+// dx_bias is: block i covers rows [i M / blocks, (i + 1) M / blocks).
+DECLARE_KERNEL(norm_bwd,
+               void(const void* r, const void* dy, const void* dr, const float* w,
+                    const float* mean, const float* rstd, void* dresidual, void* dx, float* dw,
+                    float* db, float* dx_bias, float* partial, int64_t blocks, int64_t M, int64_t N,
+                    int64_t threshold, int64_t seed, DType x_dtype, DType r_dtype))
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
@@ -33,121 +37,179 @@ inline int64_t rows_per_thread(int64_t N) {
   return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1;
 }
 
-template <class T>
-void forward(const T* x, const float* w, const float* b, T* y, float* mean, float* rstd, int64_t M,
-             int64_t N, float eps) {
+// y = (row - mean) rstd w + b; returns mean, 0 without `centre`, and rstd.
+template <class R, class T>
+void normalise_row(const R* row, const float* w, const float* b, T* y, int64_t N, float eps,
+                   float sum, bool centre, float* mean, float* rstd) {
+  const float mu = centre ? sum / N : 0.0f;
+  f32v squares{};
+  for_each_vector(N, [&](int64_t j, auto part) {
+    const f32v centred = part.live(part.load(row + j) - mu, f32v{});
+    squares += centred * centred;
+  });
+  const float rs = 1.0f / std::sqrt(reduce_add(squares) / N + eps);
+  for_each_vector(N, [&](int64_t j, auto part) {
+    f32v v = (part.load(row + j) - mu) * rs;
+    if (w) v *= part.load(w + j);
+    if (b) v += part.load(b + j);
+    part.store(y + j, v);
+  });
+  if (centre) *mean = mu;
+  *rstd = rs;
+}
+
+template <class T, class R>
+void forward(const T* x, const R* residual, const float* x_bias, const float* w, const float* b,
+             T* y, R* r, float* mean, float* rstd, int64_t M, int64_t N, float eps,
+             const RowDropout& dropout) {
   parallel_for(M, rows_per_thread(N), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* row = x + i * N;
+      const T* branch = x + i * N;
+      float* mu = mean ? mean + i : nullptr;
       f32v sum{};
-      for_each_vector(N, [&](int64_t j, auto part) { sum += part.load(row + j); });
-      const float mu = reduce_add(sum) / N;
-
-      f32v squares{};
+      if (!residual) {
+        if (mean) for_each_vector(N, [&](int64_t j, auto part) { sum += part.load(branch + j); });
+        normalise_row(branch, w, b, y + i * N, N, eps, reduce_add(sum), mean, mu, rstd + i);
+        continue;
+      }
+      const R* stream = residual + i * N;
+      R* row = r + i * N;
+      const float* z = dropout.row(i, N);
       for_each_vector(N, [&](int64_t j, auto part) {
-        const f32v centred = part.live(part.load(row + j) - mu, f32v{});
-        squares += centred * centred;
+        f32v v = part.load(branch + j);
+        if (x_bias) v += part.load(x_bias + j);
+        if (z) v *= part.load(z + j);
+        v += part.load(stream + j);
+        part.store(row + j, v);
+        sum += part.load(row + j);  // as rounded
       });
-      const float rs = 1.0f / std::sqrt(reduce_add(squares) / N + eps);
-
-      T* out = y + i * N;
-      for_each_vector(N, [&](int64_t j, auto part) {
-        f32v v = (part.load(row + j) - mu) * rs;
-        if (w) v *= part.load(w + j);
-        if (b) v += part.load(b + j);
-        part.store(out + j, v);
-      });
-      mean[i] = mu;
-      rstd[i] = rs;
+      normalise_row(row, w, b, y + i * N, N, eps, reduce_add(sum), mean, mu, rstd + i);
     }
   });
 }
 
-template <class T>
-void input_gradient_row(const T* dy, const T* x, const float* w, float mu, float rs, T* dx,
-                        int64_t N) {
-  f32v sum1{}, sum2{};
-  for_each_vector(N, [&](int64_t j, auto part) {
-    const f32v xhat = (part.load(x + j) - mu) * rs;
-    f32v wdy = part.load(dy + j);
-    if (w) wdy *= part.load(w + j);
-    sum1 += wdy * xhat;  // lanes past the end hold wdy = 0
-    sum2 += wdy;
-  });
-  const float c1 = reduce_add(sum1) / N, c2 = reduce_add(sum2) / N;
-  for_each_vector(N, [&](int64_t j, auto part) {
-    const f32v xhat = (part.load(x + j) - mu) * rs;
-    f32v wdy = part.load(dy + j);
-    if (w) wdy *= part.load(w + j);
-    part.store(dx + j, (wdy - c1 * xhat - c2) * rs);
-  });
+// Where the gradients of one row go; those that are null are not computed.
+template <class T, class R>
+struct RowGradients {
+  R* dresidual;
+  T* dx;
+  float *dw, *db, *dx_bias;  // added to
+};
+
+template <class T, class R>
+void backward_row(const R* r, const T* dy, const R* dr, const float* w, float mu, float rs,
+                  bool centre, const float* z, RowGradients<T, R> out, int64_t N) {
+  float c1 = 0, c2 = 0;
+  const bool through = out.dresidual || out.dx || out.dx_bias;
+  if (dy && through) {
+    f32v sum1{}, sum2{};
+    for_each_vector(N, [&](int64_t j, auto part) {
+      const f32v xhat = (part.load(r + j) - mu) * rs;
+      f32v wdy = part.load(dy + j);
+      if (w) wdy *= part.load(w + j);
+      sum1 += wdy * xhat;  // lanes past the end hold wdy = 0
+      sum2 += wdy;
+    });
+    c1 = reduce_add(sum1) / N;
+    if (centre) c2 = reduce_add(sum2) / N;
+  }
+  if (through)
+    for_each_vector(N, [&](int64_t j, auto part) {
+      f32v total{};
+      if (dy) {
+        const f32v xhat = (part.load(r + j) - mu) * rs;
+        f32v wdy = part.load(dy + j);
+        if (w) wdy *= part.load(w + j);
+        total = (wdy - c1 * xhat - c2) * rs;
+      }
+      if (dr) total += part.load(dr + j);
+      if (out.dresidual) part.store(out.dresidual + j, total);
+      if (z) total *= part.load(z + j);
+      if (out.dx) part.store(out.dx + j, total);
+      if (out.dx_bias) part.store(out.dx_bias + j, part.load(out.dx_bias + j) + total);
+    });
+  if (dy && (out.dw || out.db))
+    for_each_vector(N, [&](int64_t j, auto part) {
+      const f32v g = part.load(dy + j);
+      const f32v xhat = (part.load(r + j) - mu) * rs;
+      if (out.dw) part.store(out.dw + j, part.load(out.dw + j) + g * xhat);
+      if (out.db) part.store(out.db + j, part.load(out.db + j) + g);
+    });
 }
 
-template <class T>
-void backward(const T* dy, const T* x, const float* w, const float* mean, const float* rstd, T* dx,
-              float* dw, float* db, float* partial, int64_t blocks, int64_t M, int64_t N) {
-  const bool parameters = dw || db;
+template <class T, class R>
+void backward(const R* r, const T* dy, const R* dr, const float* w, const float* mean,
+              const float* rstd, R* dresidual, T* dx, float* const sums[3], float* partial,
+              int64_t blocks, int64_t M, int64_t N, const RowDropout& dropout) {
+  const bool parameters = sums[0] || sums[1] || sums[2];
+  const bool needs_z = dx || sums[2];
   const int64_t grain = (rows_per_thread(N) * blocks + M - 1) / (M ? M : 1);
   parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      float* dw_part = parameters ? partial + block * 2 * N : nullptr;
-      float* db_part = parameters ? dw_part + N : nullptr;
-      if (parameters) std::memset(dw_part, 0, 2 * N * sizeof(float));
+      float* part[3] = {};
+      for (int k = 0; k < 3; ++k)
+        if (sums[k]) {
+          part[k] = partial + (block * 3 + k) * N;
+          std::memset(part[k], 0, N * sizeof(float));
+        }
       for (int64_t i = block * M / blocks; i < (block + 1) * M / blocks; ++i) {
-        const float mu = mean[i], rs = rstd[i];
-        if (dx) input_gradient_row(dy + i * N, x + i * N, w, mu, rs, dx + i * N, N);
-        if (parameters)
-          for_each_vector(N, [&](int64_t j, auto part) {
-            const f32v g = part.load(dy + i * N + j);
-            const f32v xhat = (part.load(x + i * N + j) - mu) * rs;
-            part.store(dw_part + j, part.load(dw_part + j) + g * xhat);
-            part.store(db_part + j, part.load(db_part + j) + g);
-          });
+        const RowGradients<T, R> out{dresidual ? dresidual + i * N : nullptr,
+                                     dx ? dx + i * N : nullptr, part[0], part[1], part[2]};
+        backward_row(r + i * N, dy ? dy + i * N : nullptr, dr ? dr + i * N : nullptr, w,
+                     mean ? mean[i] : 0.0f, rstd[i], mean != nullptr,
+                     needs_z ? dropout.row(i, N) : nullptr, out, N);
       }
     }
   });
   if (!parameters) return;
   parallel_for(N, kGrainElements / blocks + W, [&](int64_t begin, int64_t end) {
-    for_each_vector(end - begin, [&](int64_t j, auto part) {
-      f32v dw_sum{}, db_sum{};
-      for (int64_t block = 0; block < blocks; ++block) {
-        dw_sum += part.load(partial + block * 2 * N + begin + j);
-        db_sum += part.load(partial + (block * 2 + 1) * N + begin + j);
-      }
-      if (dw) part.store(dw + begin + j, dw_sum);
-      if (db) part.store(db + begin + j, db_sum);
-    });
+    for (int k = 0; k < 3; ++k)
+      if (sums[k])
+        for_each_vector(end - begin, [&](int64_t j, auto part) {
+          f32v sum{};
+          for (int64_t block = 0; block < blocks; ++block)
+            sum += part.load(partial + (block * 3 + k) * N + begin + j);
+          part.store(sums[k] + begin + j, sum);
+        });
   });
 }
 
-void layer_norm_fwd(const void* x, const float* w, const float* b, void* y, float* mean,
-                    float* rstd, int64_t M, int64_t N, float eps, DType dtype) {
-  with_dtype(dtype, [&](auto t) {
+void norm_fwd(const void* x, const void* residual, const float* x_bias, const float* w,
+              const float* b, void* y, void* r, float* mean, float* rstd, int64_t M, int64_t N,
+              float eps, int64_t threshold, int64_t seed, DType x_dtype, DType r_dtype) {
+  with_stream_dtype(x_dtype, r_dtype, [&](auto t, auto s) {
     using T = decltype(t);
-    forward(static_cast<const T*>(x), w, b, static_cast<T*>(y), mean, rstd, M, N, eps);
+    using R = decltype(s);
+    forward(static_cast<const T*>(x), static_cast<const R*>(residual), x_bias, w, b,
+            static_cast<T*>(y), static_cast<R*>(r), mean, rstd, M, N, eps,
+            RowDropout(threshold, seed));
   });
 }
 
-void layer_norm_bwd(const void* dy, const void* x, const float* w, const float* mean,
-                    const float* rstd, void* dx, float* dw, float* db, float* partial,
-                    int64_t blocks, int64_t M, int64_t N, DType dtype) {
-  with_dtype(dtype, [&](auto t) {
+void norm_bwd(const void* r, const void* dy, const void* dr, const float* w, const float* mean,
+              const float* rstd, void* dresidual, void* dx, float* dw, float* db, float* dx_bias,
+              float* partial, int64_t blocks, int64_t M, int64_t N, int64_t threshold, int64_t seed,
+              DType x_dtype, DType r_dtype) {
+  float* const sums[3] = {dw, db, dx_bias};
+  with_stream_dtype(x_dtype, r_dtype, [&](auto t, auto s) {
     using T = decltype(t);
-    backward(static_cast<const T*>(dy), static_cast<const T*>(x), w, mean, rstd,
-             static_cast<T*>(dx), dw, db, partial, blocks, M, N);
+    using R = decltype(s);
+    backward(static_cast<const R*>(r), static_cast<const T*>(dy), static_cast<const R*>(dr), w,
+             mean, rstd, static_cast<R*>(dresidual), static_cast<T*>(dx), sums, partial, blocks, M,
+             N, RowDropout(threshold, seed));
   });
 }
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_ISA
 
-REGISTER_KERNEL(layer_norm_fwd)
-REGISTER_KERNEL(layer_norm_bwd)
+REGISTER_KERNEL(norm_fwd)
+REGISTER_KERNEL(norm_bwd)
 
 #ifdef GPTFAST_BASELINE
 #include "../common/bind.h"
 void register_layer_norm(pybind11::module_& m) {
-  gptfast::bind_kernel(m, "layer_norm_fwd", gptfast::kernel_layer_norm_fwd);
-  gptfast::bind_kernel(m, "layer_norm_bwd", gptfast::kernel_layer_norm_bwd);
+  gptfast::bind_kernel(m, "norm_fwd", gptfast::kernel_norm_fwd);
+  gptfast::bind_kernel(m, "norm_bwd", gptfast::kernel_norm_bwd);
 }
 #endif

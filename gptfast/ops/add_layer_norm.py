@@ -21,12 +21,18 @@ import torch
 
 from gptfast import backend
 from gptfast.ops.dropout_add import check_residual, residual_sum
-from gptfast.ops.layer_norm import check_rows, gradients, normalise, sum_rows
+from gptfast.ops.layer_norm import (
+    Tensors4,
+    Tensors5,
+    check_rows,
+    cpu_backward,
+    cpu_forward,
+    gradients,
+    normalise,
+    sum_rows,
+)
 from gptfast.ops.library import define, statistics_dtype
 from gptfast.ops.philox import checked_seed, row_factors
-
-Tensors4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-Tensors5 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def reference_fwd(
@@ -80,6 +86,7 @@ OP = backend.Op(
     "add_layer_norm",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_forward, cpu_backward),
         "triton": backend.triton_implementation("add_layer_norm", "layer_norm"),
     },
 )

@@ -19,9 +19,10 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    pointer,
     statistics_dtype,
 )
-from gptfast.ops.philox import checked_seed, row_factors
+from gptfast.ops.philox import checked_seed, dropout_threshold, row_factors
 
 
 def reference_fwd(
@@ -55,10 +56,48 @@ def reference_bwd(
     return (dresidual_out.to(wide) * z).to(dtype).contiguous()
 
 
+def cpu_fwd(
+    x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """The `cpu` backend of the forward op."""
+    return _cpu(x, residual, seed, dropout_p, residual.dtype)
+
+
+def cpu_bwd(
+    dresidual_out: torch.Tensor, seed: torch.Tensor, dropout_p: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The `cpu` backend of the backward op."""
+    return _cpu(dresidual_out, None, seed, dropout_p, dtype)
+
+
+def _cpu(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    backend.extension().dropout_add(  # type: ignore[union-attr]
+        x.data_ptr(),
+        pointer(residual),
+        out.data_ptr(),
+        x.shape[:-1].numel(),
+        x.shape[-1],
+        dropout_threshold(dropout_p),
+        0 if seed is None else int(seed),
+        backend.DTYPE_CODES[x.dtype],
+        backend.DTYPE_CODES[dtype],
+    )
+    return out
+
+
 OP = backend.Op(
     "dropout_add",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("dropout_add"),
     },
 )

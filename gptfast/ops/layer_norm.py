@@ -23,8 +23,11 @@ from gptfast.ops.library import (
     pointer,
     statistics_dtype,
 )
+from gptfast.ops.philox import dropout_threshold
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors5 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def reference_fwd(
@@ -101,22 +104,7 @@ def cpu_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
     """The `cpu` backend of the forward op."""
-    x, w, b = x.contiguous(), fp32_parameter(w), fp32_parameter(b)
-    y = torch.empty_like(x)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    backend.extension().layer_norm_fwd(  # type: ignore[union-attr]
-        x.data_ptr(),
-        pointer(w),
-        pointer(b),
-        y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        mean.numel(),
-        x.shape[-1],
-        eps,
-        backend.DTYPE_CODES[x.dtype],
-    )
+    y, _, mean, rstd = cpu_forward(x, None, w, b, None, None, eps, 0.0)
     return y, mean, rstd
 
 
@@ -129,33 +117,98 @@ def cpu_bwd(
     needs: list[bool],
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
-    dy, x, w = dy.contiguous(), x.contiguous(), fp32_parameter(w)
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    M, N = mean.numel(), x.shape[-1]
-    empty = x.new_empty(0)
-    dx = torch.empty_like(x) if needs[0] else empty
-    dw = torch.empty(N, dtype=torch.float32, device=x.device) if needs[1] else empty
-    db = torch.empty(N, dtype=torch.float32, device=x.device) if needs[2] else empty
+    needs = [needs[0], False, *needs[1:], False]
+    dx, _, dw, db, _ = cpu_backward(x, dy, None, w, mean, rstd, None, 0.0, x.dtype, needs)
+    return dx, dw, db
+
+
+def cpu_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    w: torch.Tensor | None,
+    b: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    is_rms: bool = False,
+) -> Tensors4:
+    """y, r, mean and rstd of a norm behind the sum of the residual stream, as `add_layer_norm`.
+
+    Without a residual r is x; with `is_rms` the norm is RMSNorm, and mean is empty.
+    """
+    x, w, b, x_bias = x.contiguous(), fp32_parameter(w), fp32_parameter(b), fp32_parameter(x_bias)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    mean = rstd.new_empty(0) if is_rms else torch.empty_like(rstd)
+    y = torch.empty_like(x)
+    r = x
+    if residual is not None:
+        residual = residual.contiguous()
+        r = torch.empty_like(residual)
+    backend.extension().norm_fwd(  # type: ignore[union-attr]
+        x.data_ptr(),
+        pointer(residual),
+        pointer(x_bias),
+        pointer(w),
+        pointer(b),
+        y.data_ptr(),
+        0 if residual is None else r.data_ptr(),
+        0 if is_rms else mean.data_ptr(),
+        rstd.data_ptr(),
+        rstd.numel(),
+        x.shape[-1],
+        eps,
+        dropout_threshold(dropout_p),
+        0 if seed is None else int(seed),
+        backend.DTYPE_CODES[x.dtype],
+        backend.DTYPE_CODES[r.dtype],
+    )
+    return y, r, mean, rstd
+
+
+def cpu_backward(
+    r: torch.Tensor,
+    dy: torch.Tensor | None,
+    dr: torch.Tensor | None,
+    w: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> Tensors5:
+    """The gradients of `cpu_forward`: dresidual, dx, dw, db, dx_bias, as `needs` says."""
+    r, rstd, w = r.contiguous(), rstd.contiguous(), fp32_parameter(w)
+    dy, dr, mean = (None if t is None else t.contiguous() for t in (dy, dr, mean))
+    M, N = rstd.numel(), r.shape[-1]
+    empty = r.new_empty(0)
+    dresidual = torch.empty_like(r) if needs[0] else empty
+    dx = torch.empty_like(r, dtype=x_dtype) if needs[1] else r.new_empty(0, dtype=x_dtype)
+    sums = [rstd.new_empty(N if need else 0) for need in needs[2:]]
     # A function of M alone, so that the result does not depend on the number of threads.
     blocks = min(max(M // 32, 1), 64)
-    shape = (blocks, 2, N) if needs[1] or needs[2] else (0,)
-    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-    backend.extension().layer_norm_bwd(  # type: ignore[union-attr]
-        dy.data_ptr(),
-        x.data_ptr(),
+    partial = rstd.new_empty((blocks, 3, N) if any(needs[2:]) else 0)
+    backend.extension().norm_bwd(  # type: ignore[union-attr]
+        r.data_ptr(),
+        pointer(dy),
+        pointer(dr),
         pointer(w),
-        mean.data_ptr(),
+        pointer(mean),
         rstd.data_ptr(),
-        dx.data_ptr() if needs[0] else 0,
-        dw.data_ptr() if needs[1] else 0,
-        db.data_ptr() if needs[2] else 0,
+        dresidual.data_ptr() if needs[0] else 0,
+        dx.data_ptr() if needs[1] else 0,
+        *(g.data_ptr() if need else 0 for g, need in zip(sums, needs[2:], strict=True)),
         partial.data_ptr(),
         blocks,
         M,
         N,
-        backend.DTYPE_CODES[x.dtype],
+        dropout_threshold(dropout_p),
+        0 if seed is None else int(seed),
+        backend.DTYPE_CODES[x_dtype],
+        backend.DTYPE_CODES[r.dtype],
     )
-    return dx, dw, db
+    return dresidual, dx, *sums  # type: ignore[return-value]
 
 
 OP = backend.Op(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.layer_norm import check_rows, gradients
+from gptfast.ops.layer_norm import check_rows, cpu_backward, cpu_forward, gradients
 from gptfast.ops.library import define, statistics_dtype
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
@@ -46,10 +46,30 @@ def reference_bwd(
     return dx.to(x.dtype).contiguous(), dw
 
 
+def cpu_fwd(x: torch.Tensor, w: torch.Tensor | None, eps: float) -> Tensors2:
+    """The `cpu` backend of the forward op."""
+    y, _, _, rstd = cpu_forward(x, None, w, None, None, None, eps, 0.0, is_rms=True)
+    return y, rstd
+
+
+def cpu_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors2:
+    """The `cpu` backend of the backward op."""
+    needs = [needs[0], False, needs[1], False, False]
+    dx, _, dw, _, _ = cpu_backward(x, dy, None, w, None, rstd, None, 0.0, x.dtype, needs)
+    return dx, dw
+
+
 OP = backend.Op(
     "rms_norm",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("rms_norm", "layer_norm"),
     },
 )

@@ -1,0 +1,60 @@
+// What the ops that add to the residual stream share: dropout's factors along a row, and calls by
+// the storage types of a branch and of the stream.
+#pragma once
+#include "isa.h"
+#include "parallel.h"
+#include "philox.h"
+
+namespace gptfast::GPTFAST_ISA {
+namespace {
+
+// Factors z of one row of a matrix: column j is kept where 16 bits of the generator at counter
+// (row, j / 8, 0, 0) are below `threshold`.
+class RowDropout {
+ public:
+  RowDropout(int64_t threshold, int64_t seed)
+      : threshold_(static_cast<uint32_t>(threshold)),
+        scale_(threshold ? 65536.0f / threshold : 0.0f),
+        seed_(static_cast<uint64_t>(seed)) {}
+
+  // The N factors of a row, which stay valid until the thread's next call; null without dropout.
+  const float* row(int64_t i, int64_t N) const {
+    if (threshold_ >= 65536) return nullptr;
+    static thread_local Scratch scratch;
+    constexpr int kColumns = 8 * W;
+    float* z = scratch.reserve((N + kColumns - 1) / kColumns * kColumns);
+    for (int64_t j = 0; j < N; j += kColumns) {
+      const u32v counters = bit_cast<u32v>(lane_index()) + static_cast<uint32_t>(j / 8);
+      const Philox bits =
+          philox(set1_u32(static_cast<uint32_t>(i)), counters, u32v{}, u32v{}, seed_);
+      uint32_t words[4][W];
+      for (int k = 0; k < 4; ++k) std::memcpy(words[k], &bits.word[k], sizeof words[k]);
+      for (int lane = 0; lane < W; ++lane)
+        for (int k = 0; k < 8; ++k) {
+          const uint32_t word = words[k / 2][lane];
+          const uint32_t drawn = k % 2 ? word >> 16 : word & 0xffff;
+          z[j + 8 * lane + k] = drawn < threshold_ ? scale_ : 0.0f;
+        }
+    }
+    return z;
+  }
+
+ private:
+  uint32_t threshold_;
+  float scale_;
+  uint64_t seed_;
+};
+
+// Calls body with values of both storage types; a stream has the branch's, or is fp32.
+template <class Body>
+inline void with_stream_dtype(DType branch, DType stream, const Body& body) {
+  with_dtype(branch, [&](auto t) {
+    if (stream == branch)
+      body(t, t);
+    else
+      body(t, float{});
+  });
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_ISA
