@@ -158,6 +158,8 @@ def gelu_bwd_kernel(
     begin = run * rows_per_run
     end = tl.minimum(begin + rows_per_run, M)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        bias = load_bias(bias_ptr, cols, N)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         at = rows[:, None] * N + cols[None, :]
@@ -165,7 +167,7 @@ def gelu_bwd_kernel(
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            z += load_bias(bias_ptr, cols, N)
+            z += bias
         dz = dy * gelu_slope(z, gelu_phi(z, TANH), TANH)
         if NEEDS_DX:
             tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -99,9 +99,9 @@ ROW = OpRow(
     many=Case("glu", (300, 411)),
     # Llama's widths, and Gemma's activation.
     reports=(
-        Case("glu", (128, 8192)),
-        Case("glu", (128, 11008), options={"packed": True}),
-        Case("glu", (128, 8192), options={"activation": "gelu_tanh"}),
-        Case("glu", (128, 8192), options={"activation": "gelu", "packed": True}),
+        Case("glu", (16, 8192)),
+        Case("glu", (16, 11008), options={"packed": True}),
+        Case("glu", (16, 8192), options={"activation": "gelu_tanh"}),
+        Case("glu", (16, 8192), options={"activation": "gelu", "packed": True}),
     ),
 )
