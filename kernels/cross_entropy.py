@@ -39,11 +39,10 @@ class Config:
 def pick_config(V: int, target: Target) -> Config:
     """Launch sizes for rows of V logits.
 
-    16 logits a thread: two or four 128-bit loads on their way at once, and some 60 registers for
-    logits, sums and (with label smoothing) weighted sums, so that 1024 threads fit into the 64 K
-    registers of a multiprocessor. 256 threads in a program: what a row leaves over behind its last
-    block stays small, and the reduction of the maximum, once a block, has 8 warps to wait for on
-    NVIDIA's cards, 4 on AMD's.
+    16 logits a thread: two or four 128-bit loads on their way at once, in 40 to 60 registers, so
+    that 1024 threads fit into the 64 K registers of a multiprocessor (sums for weighted smoothing
+    make it 115, and 512 threads). 256 threads in a program: what a row leaves over behind its last
+    block stays small, and the maximum of a block, a barrier each, comes from 8 warps or 4.
     """
     block_v = min(triton.next_power_of_2(max(V, 16)), MAX_BLOCK)
     return Config(block_v, num_warps=max(block_v // 16 // target.warp_size, 1))
@@ -324,7 +323,6 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::cross_entropy_fwd`."""
     x, target = x.contiguous(), target.contiguous()

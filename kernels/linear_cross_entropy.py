@@ -14,7 +14,7 @@ dlogits stored it is 2 M V C each for logits, dx and dw; stored numbers are writ
 twice. The chunk is some columns of all rows, in the input dtype:
 - dw of those classes is then complete, summed over M in registers, and written once;
 - dx is summed over the chunks in fp32: 8 bytes of M C a chunk. A chunk of at least C columns keeps
-  that below 8 M V bytes for all; with dlogits, 14 bytes of traffic for each 6 C operations.
+  that below 8 M V bytes for all: with dlogits 14 bytes of traffic a logit, and 6 C operations.
 No float atomics: every element has one program, which adds in order.
 
 Three kernels a chunk: dlogits of a tile; dx and dw are one kernel, a product that reads its left

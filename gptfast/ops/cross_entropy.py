@@ -46,9 +46,8 @@ def reference_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace_backward: bool = False,
 ) -> Tensors2:
-    """The formula in PyTorch; `inplace_backward` is remembered for backward, by autograd."""
+    """The formula in PyTorch."""
     V = x.shape[-1]
     z = _softcapped(x.to(statistics_dtype(x.dtype)), softcap)
     ignored = target == ignore_index
@@ -107,7 +106,6 @@ def cpu_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    inplace_backward: bool = False,
 ) -> Tensors2:
     """The `cpu` backend of the forward op."""
     x, target, weight = x.contiguous(), target.contiguous(), fp32_parameter(weight)
@@ -192,7 +190,7 @@ OP = backend.Op(
 
 
 def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
-    return OP.choose(x).fwd(x, *args)
+    return OP.choose(x).fwd(x, *args[:-1])  # inplace_backward is for _setup_context
 
 
 def _bwd(dloss: torch.Tensor, x: torch.Tensor, *args: Any) -> torch.Tensor:
