@@ -7,7 +7,7 @@ one program per block of columns: it sums the rows of dy that belong to it, in f
 row once, zeros too. So dy (M, N) is read and dw (V, N) written exactly once. A token that occurs
 very often would keep its program busy for long. So the sorted tokens are cut into chunks of about
 sqrt(M), and chunks of nothing but one token are summed first, each by a program of its own, into a
-row of `partial` (M / chunk, N) in fp32: then no program adds more than some 3 sqrt(M) rows. Beside
+row of `partial` (M / chunk, N) in fp32: then no program adds more than some 5 sqrt(M) rows. Beside
 the sort's own traffic, that moves at most 8 M N / chunk bytes, and 16 M + 24 V of integers.
 """
 

@@ -168,18 +168,12 @@ OP = backend.Op(
 )
 
 
-def _fwd(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
-    return OP.choose(gate).fwd(gate, up, activation)
+def _fwd(gate: torch.Tensor, *args: Any) -> torch.Tensor:
+    return OP.choose(gate).fwd(gate, *args)
 
 
-def _bwd(
-    dy: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor | None,
-    activation: str,
-    needs: list[bool],
-) -> Tensors2:
-    return OP.choose(gate).bwd(dy, gate, up, activation, needs)
+def _bwd(dy: torch.Tensor, gate: torch.Tensor, *args: Any) -> Tensors2:
+    return OP.choose(gate).bwd(dy, gate, *args)
 
 
 def _fake_fwd(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
