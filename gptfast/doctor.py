@@ -37,7 +37,10 @@ Facts = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKAGES = ("torch", "numpy", "triton", "safetensors", "tiktoken")
 # Shapes of what an op's `choose` is given; (M, N) where none is named.
-EXAMPLES: Mapping[str, tuple[tuple[int, ...], ...]] = {"attention": ((1, 1, 4, 64),) * 3}
+EXAMPLES: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "attention": ((1, 1, 4, 64),) * 3,
+    "attention_varlen": ((4, 1, 64),) * 3,
+}
 DEFAULT_EXAMPLE = ((4, 64),)
 # What the SIMD levels need, as Linux spells it.
 CPU_FEATURES = (

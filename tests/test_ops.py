@@ -73,8 +73,7 @@ def test_cases_have_different_names():
     indirect=["place"],
 )
 def test_case(case, dtype, place):
-    problem = problem_for(case, dtype, place.device)
-    problem.judge(problem.run(place.backend))
+    problem_for(case, dtype, place.device).check(place.backend)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +433,8 @@ ERRORS = [
     (
         lambda: gptfast.attention(Q, Q[..., :7], Q),
         ValueError,
-        "attention: k and v must both be (1, H_kv, S, 8), got (1, 4, 6, 7) and (1, 4, 6, 8)",
+        "attention: k must be (1, H_kv, S, 8) and v (1, H_kv, S, Dv), "
+        "got (1, 4, 6, 7) and (1, 4, 6, 8)",
     ),
     (
         lambda: gptfast.attention(Q, Q[:, :3], Q[:, :3]),

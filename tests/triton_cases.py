@@ -25,10 +25,14 @@ def work(case):
     """
     if case.op == "linear_cross_entropy":
         return torch.Size(case.shape[:-1]).numel()
-    if case.op != "attention":
+    if case.op == "attention_varlen":
+        scores = case.shape[0] * sum(T * max(S, 1) for T, S in case.options["lengths"])
+    elif case.op == "attention":
+        B, H, _, T, S, _ = case.shape
+        scores = B * H * T * max(S, 1)
+    else:
         return torch.Size(case.shape).numel()
-    B, H, _, T, S, _ = case.shape
-    return B * H * T * max(S, 1) * (10 if case.options.get("dropout_p") else 1) // 8
+    return scores * (10 if case.options.get("dropout_p") else 1) // 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.attention import attention
+from gptfast.ops.attention_varlen import attention_varlen
 from gptfast.ops.bias_gelu import bias_gelu
 from gptfast.ops.cross_entropy import cross_entropy
 from gptfast.ops.dropout_add import dropout_add
@@ -18,6 +19,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_varlen",
     "bias_gelu",
     "cross_entropy",
     "dropout_add",

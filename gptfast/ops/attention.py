@@ -1,14 +1,17 @@
-"""Flash attention: o = dropout(softmax(scale q k^T + mask)) v, never holding the T x S scores.
+"""Flash attention: o = dropout(softmax(s + mask)) v, never holding the T x S scores.
 
-s_ij = scale q_i . k_j,  causal: j <= i + S - T (the last query sees every key)
+d_ij = j - (i + S - T)                        the distance of a key: 0 on the diagonal, bottom right
+x_ij = scale q_i . k_j
+s_ij = softcap tanh(x_ij / softcap) - slope |d_ij|    (without softcap: s_ij = x_ij - slope |d_ij|)
+visible: -left <= d_ij <= right,  where causal makes right 0
 lse_i = log sum_j exp(s_ij),  p_ij = exp(s_ij - lse_i),  o_i = sum_j p_ij z_ij v_j
 
 z_ij is 1, or with dropout keep_ij / (1 - p). Rows that may see no key have o = 0 and lse = -inf.
-Backward, with delta_i = do_i . o_i:
+Backward, with delta_i = do_i . o_i - dlse_i:
 
 dv_j = sum_i p_ij z_ij do_i
-ds_ij = p_ij (z_ij do_i . v_j - delta_i)
-dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
+dx_ij = p_ij (z_ij do_i . v_j - delta_i) / cosh^2(x_ij / softcap)
+dq_i = scale sum_j dx_ij k_j,  dk_j = scale sum_i dx_ij q_i
 
 The mask of dropout is that of `gptfast/ops/philox.py`, with the index of (batch, head) as head.
 """
@@ -16,8 +19,8 @@ The mask of dropout is that of `gptfast/ops/philox.py`, with the index of (batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,24 +38,47 @@ from gptfast.ops.philox import dropout_factors, dropout_threshold
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 REFERENCE_ROWS = 128  # queries that the reference handles at a time: scores take B H 128 S elements
+MAX_HEAD_DIM = 256  # of the Triton kernels, which hold whole rows: see kernels/attention.py
+
+
+class Options(NamedTuple):
+    """What `attention_fwd` takes behind its tensors, in this order.
+
+    Args:
+        seed: int64 scalar tensor, or None without dropout.
+        alibi_slopes: (H,) or (B, H) fp32, or None.
+        scale: factor of q . k.
+        left: how many keys before its diagonal a query sees; -1: all.
+        right: how many behind it; -1: all.
+        softcap: 0: none.
+        dropout_p: in [0, 1).
+    """
+
+    seed: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    dropout_p: float
+
+
+SCHEMA = (  # of `Options`
+    "Tensor? seed, Tensor? alibi_slopes, float scale, int left, int right, float softcap,"
+    " float dropout_p"
+)
 
 
 def reference_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any, first_head: int = 0
 ) -> Tensors2:
-    """The formula in PyTorch."""
+    """The formula in PyTorch; `first_head` counts the heads before these, for dropout."""
     dtype = statistics_dtype(q.dtype)
     B, H, T, _ = q.shape
     kf, vf = (x.to(dtype).repeat_interleave(H // k.shape[1], 1) for x in (k, v))
-    o = empty_output(q)
+    o = empty_output(q, v.shape[-1])
     lse = q.new_empty(B, H, T, dtype=dtype)
-    for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
+    for rows, scores, _, z in _score_rows(q, kf, Options(*options), first_head):
         lse[:, :, rows] = torch.logsumexp(scores, -1)
         p = _probabilities(scores, lse[:, :, rows])
         o[:, :, rows] = ((p if z is None else p * z) @ vf).to(q.dtype)
@@ -66,27 +92,31 @@ def reference_bwd(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
+    dlse: torch.Tensor | None,
+    *rest: Any,
+    first_head: int = 0,
 ) -> Tensors3:
-    """The gradient formulas in PyTorch."""
+    """The gradient formulas in PyTorch; `rest` is `Options` and which gradients are needed."""
+    *options, needs = rest
+    scale = Options(*options).scale
     dtype = statistics_dtype(q.dtype)
     G = q.shape[1] // k.shape[1]
     kf, vf = (x.to(dtype).repeat_interleave(G, 1) for x in (k, v))
     dof = do.to(dtype)
     delta = (dof * o.to(dtype)).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse.unsqueeze(-1)
     dq, dk, dv = empty_output(q), torch.zeros_like(kf), torch.zeros_like(vf)
-    for rows, scores, z in _score_rows(q, kf, seed, causal, scale, dropout_p):
+    for rows, scores, damping, z in _score_rows(q, kf, Options(*options), first_head):
         p = _probabilities(scores, lse[:, :, rows])
         pz = p if z is None else p * z
         dv += pz.transpose(-1, -2) @ dof[:, :, rows]
         dp = dof[:, :, rows] @ vf.transpose(-1, -2)
-        ds = p * ((dp if z is None else dp * z) - delta[:, :, rows])
-        dq[:, :, rows] = (ds @ kf * scale).to(q.dtype)
-        dk += ds.transpose(-1, -2) @ q[:, :, rows].to(dtype) * scale
+        dx = p * ((dp if z is None else dp * z) - delta[:, :, rows])
+        if damping is not None:
+            dx = dx * damping
+        dq[:, :, rows] = (dx @ kf * scale).to(q.dtype)
+        dk += dx.transpose(-1, -2) @ q[:, :, rows].to(dtype) * scale
     dk, dv = (
         _like_output(g.unflatten(1, (k.shape[1], G)).sum(2).to(x.dtype))
         for g, x in ((dk, k), (dv, v))
@@ -97,54 +127,54 @@ def reference_bwd(
 
 
 def _score_rows(
-    q: torch.Tensor,
-    kf: torch.Tensor,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """Blocks of query rows with their masked scores (B, H, rows, S) and dropout factors."""
+    q: torch.Tensor, kf: torch.Tensor, options: Options, first_head: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """Blocks of query rows with their masked scores (B, H, rows, S), ds/dx and dropout factors."""
+    seed, slopes, scale, left, right, softcap, dropout_p = options
     B, H, T, _ = q.shape
     S = kf.shape[2]
     j = torch.arange(S, device=q.device)
     for start in range(0, T, REFERENCE_ROWS):
         rows = slice(start, min(start + REFERENCE_ROWS, T))
         i = torch.arange(rows.start, rows.stop, device=q.device)
+        distance = j - (i[:, None] + S - T)
         scores = q[:, :, rows].to(kf.dtype) @ kf.transpose(-1, -2) * scale
-        if causal:
-            scores = scores.masked_fill(j > i[:, None] + S - T, -math.inf)
-        z = None
+        damping = z = None
+        if softcap:
+            # Not 1 - tanh^2, which has no digits left where the cap is reached.
+            damping = torch.cosh(scores / softcap).square().reciprocal()
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            scores = scores - slopes.to(kf.dtype)[..., None, None] * distance.abs()
+        if right >= 0:
+            scores = scores.masked_fill(distance > right, -math.inf)
+        if left >= 0:
+            scores = scores.masked_fill(distance < -left, -math.inf)
         if dropout_p > 0 and seed is not None:
-            head = torch.arange(B * H, device=q.device)
+            head = first_head + torch.arange(B * H, device=q.device)
             z = dropout_factors(seed, head[:, None, None], i[:, None], j, dropout_p, kf.dtype)
             z = z.reshape(B, H, len(i), S)
-        yield rows, scores, z
+        yield rows, scores, damping, z
 
 
 def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
 
 
-def empty_output(q: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) lying in memory as (B, T, H, D): merging the heads afterwards copies nothing."""
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2)
+def empty_output(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
+    """As x, (B, H, T, D), lying in memory as (B, T, H, D): merging the heads then copies nothing.
+
+    D: if not that of x.
+    """
+    B, H, T, _ = x.shape
+    return x.new_empty(B, T, H, x.shape[-1] if D is None else D).transpose(1, 2)
 
 
 def _like_output(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def cpu_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> Tensors2:
+def cpu_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
     """The `cpu` backend of the forward op."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     B, H, T, D = q.shape
@@ -157,7 +187,7 @@ def cpu_fwd(
         _heads(o),
         lse.data_ptr(),
         (B, H, k.shape[1], T, k.shape[2], D),
-        (causal, scale, dropout_threshold(dropout_p), 0 if seed is None else int(seed)),
+        _cpu_options(*options),
         backend.DTYPE_CODES[q.dtype],
     )
     return o, lse
@@ -170,13 +200,11 @@ def cpu_bwd(
     v: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
-    seed: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
+    dlse: torch.Tensor | None,
+    *rest: Any,
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
+    *options, needs = rest
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     B, H, T, D = q.shape
@@ -195,10 +223,16 @@ def cpu_bwd(
         _heads(dk) if needs[1] or needs[2] else nothing,
         _heads(dv) if needs[1] or needs[2] else nothing,
         (B, H, k.shape[1], T, k.shape[2], D),
-        (causal, scale, dropout_threshold(dropout_p), 0 if seed is None else int(seed)),
+        _cpu_options(*options),
         backend.DTYPE_CODES[q.dtype],
     )
     return dq, dk if needs[1] else empty, dv if needs[2] else empty
+
+
+def _cpu_options(*options: Any) -> tuple[bool, float, int, int]:
+    given = Options(*options)
+    seed = 0 if given.seed is None else int(given.seed)
+    return given.right == 0, given.scale, dropout_threshold(given.dropout_p), seed
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -210,28 +244,67 @@ def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
     return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
 
 
+def _why_not_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    options: Options | None = None,
+) -> str | None:
+    if v.shape[-1] != q.shape[-1]:
+        return f"its values must have the keys' head dim {q.shape[-1]}, got {v.shape[-1]}"
+    if dlse is not None:
+        return "it has no gradient of the log-sum-exp yet"
+    if options is None:
+        return None
+    if options.alibi_slopes is not None:
+        return "it has no alibi_slopes yet"
+    if options.softcap:
+        return f"it has no softcap yet, got {options.softcap}"
+    if options.left >= 0 or options.right > 0:
+        return f"it has no sliding window yet, got ({options.left}, {options.right})"
+    return None
+
+
+def why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> str | None:
+    """Why the Triton kernels cannot take these heads, or None."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"its head dim must be at most {MAX_HEAD_DIM}, got {widest}"
+    return None
+
+
 OP = backend.Op(
     "attention",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
-        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
-        "triton": backend.triton_implementation("attention"),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd, _why_not_cpu),
+        "triton": backend.triton_implementation("attention", why_not=why_not_triton),
     },
 )
 
 
 def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
-    return OP.choose(q, k, v).fwd(q, k, v, *options)
+    return OP.choose(q, k, v, None, Options(*options)).fwd(q, k, v, *options)
 
 
 def _bwd(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *rest: Any,
 ) -> Tensors3:
-    return OP.choose(q, k, v).bwd(do, q, k, v, *rest)
+    chosen = OP.choose(q, k, v, dlse, Options(*rest[:-1]))
+    return chosen.bwd(do, q, k, v, o, lse, dlse, *rest)
 
 
-def _fake_fwd(q: torch.Tensor, *_: Any) -> Tensors2:
-    return empty_output(q), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:
+    lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+    return empty_output(q, v.shape[-1]), lse
 
 
 def _fake_bwd(
@@ -244,34 +317,40 @@ def _fake_bwd(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
-    q, k, v, seed, *ctx.options = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, o, lse, seed)
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
+    """For q, k, v, then tensors and numbers that have no gradient; also of `attention_varlen`."""
+    q, k, v, *rest = inputs
+    ctx.is_tensor = [isinstance(x, torch.Tensor) for x in rest]
+    ctx.numbers = [x for x in rest if not isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(q, k, v, *output, *(x for x in rest if isinstance(x, torch.Tensor)))
 
 
-def _backward(ctx: Any, do: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    q, k, v, o, lse, seed = ctx.saved_tensors
+def run_backward(
+    bwd: Any, ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """The autograd formula from the op `bwd`; also of `attention_varlen`."""
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
+    saved, numbers = iter(tensors), iter(ctx.numbers)
+    rest = [next(saved if is_tensor else numbers) for is_tensor in ctx.is_tensor]
     needs = list(ctx.needs_input_grad[1:4])
-    grads = attention_bwd(do, q, k, v, o, lse, seed, *ctx.options, needs)
+    do = torch.zeros_like(o) if do is None else do
+    grads = bwd(do, q, k, v, o, lse, dlse, *rest, needs)
     dq, dk, dv = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return None, dq, dk, dv, None, None, None, None
+    return None, dq, dk, dv, *(None for _ in rest)
 
 
 attention_bwd = define(
-    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? seed,"
-    " bool causal, float scale, float dropout_p, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dlse,"
+    f" {SCHEMA}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _fake_bwd,
 )
 attention_fwd = define(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seed, bool causal, float scale,"
-    " float dropout_p) -> (Tensor, Tensor)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
     _fwd,
     _fake_fwd,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=lambda ctx, do, dlse: run_backward(attention_bwd, ctx, do, dlse),
+    setup_context=setup_context,
     autocast=("q", "k", "v"),
 )
 
@@ -285,13 +364,17 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
     """o = softmax(scale q k^T) v for each head, without storing the scores.
 
     Args:
         q: (B, H, T, D), any strides; float32, bfloat16, float16 (float64 on the torch backend).
         k: (B, H_kv, S, D), in q's dtype. H_kv divides H: each key head serves H / H_kv query heads.
-        v: (B, H_kv, S, D).
+        v: (B, H_kv, S, Dv), in q's dtype.
         causal: query i sees the keys j <= i + S - T. With T = S that is the usual triangle; with a
             KV cache (T < S) the last query sees every key. Note that PyTorch's `is_causal` aligns
             the triangle to the first key instead.
@@ -299,50 +382,119 @@ def attention(
         dropout_p: probability of dropping a score, in [0, 1).
         seed: int64 scalar tensor that determines the dropout mask; None draws one from PyTorch's
             generator, so `torch.manual_seed` decides.
+        window: (left, right): query i sees the keys i + S - T - left <= j <= i + S - T + right;
+            -1 sets no limit on its side. With `causal`, right is 0. (0, 0) is the diagonal alone:
+            a window of n tokens that ends at the query's own is (n - 1, 0).
+        softcap: scores become softcap tanh(score / softcap), before masks and ALiBi; positive.
+        alibi_slopes: float32 (H,) or (B, H): slope |i + S - T - j| is taken from each score. They
+            get no gradient.
+        return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        (B, H, T, D) in q's dtype, laid out as (B, T, H, D) so that merging the heads copies
+        o (B, H, T, Dv) in q's dtype, laid out as (B, T, H, Dv) so that merging the heads copies
         nothing. A query that may see no key gets zeros. Under autocast q, k and v are cast to its
-        dtype.
+        dtype. With return_lse a tuple (o, lse): lse is (B, H, T), float32, of the scores before
+        dropout, -inf where a query sees no key, and differentiable.
 
     Raises:
         TypeError: not floating point, or dtypes differ.
-        ValueError: shapes that do not fit, or dropout_p outside [0, 1).
-        RuntimeError: tensors on different devices.
+        ValueError: shapes that do not fit, or an option outside its range.
+        RuntimeError: tensors on different devices; a backend is forced that cannot run the call.
 
     Limits:
-        Extra memory is O(B H T) for the log-sum-exp; backward on a CPU takes 16 S D bytes a thread,
-        which the thread keeps for its next call.
+        Head dims over 256 run on the PyTorch reference on a GPU. On a CPU so do window, softcap,
+        alibi_slopes, Dv != D and a gradient of lse. Extra memory is O(B H T) for the log-sum-exp;
+        backward on a CPU takes 16 S D bytes a thread, which the thread keeps for its next call.
 
-    Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+    Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023; Press et al., "Train
+    short, test long" (ALiBi), 2022; Beltagy et al., "Longformer" (window), 2020; Gemma Team,
+    "Gemma 2" (softcap), 2024.
+    """
+    check_heads("attention", ("B, H, T", "B, H_kv, S"), q, k, v)
+    if k.shape[0] != q.shape[0] or k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1]:
+        B, D = q.shape[0], q.shape[-1]
+        raise ValueError(
+            f"attention: k must be ({B}, H_kv, S, {D}) and v ({B}, H_kv, S, Dv), "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    options = make_options(
+        "attention", q.shape[0], q, causal, scale, dropout_p, seed, window, softcap, alibi_slopes
+    )
+    o, lse = attention_fwd(q, k, v, *options)
+    return (o, lse) if return_lse else o
+
+
+def check_heads(
+    op: str, letters: tuple[str, str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Raise unless dtypes, devices, dimensions and numbers of heads fit; (B, H, ...) or (N, H, D).
+
+    letters: the dimensions before the head dim, of q and of k and v.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_floating("attention", name, x)
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} must be (B, H, T, D), got {tuple(x.shape)}")
+        check_floating(op, name, x)
+        expected = letters[0 if name == "q" else 1]
+        if x.dim() != expected.count(",") + 2:
+            D = "Dv" if name == "v" else "D"
+            raise ValueError(f"{op}: {name} must be ({expected}, {D}), got {tuple(x.shape)}")
     # Autocast makes one dtype of several, but leaves float64 alone, as PyTorch's own does.
     casts = torch.is_autocast_enabled(q.device.type)
     if not casts or torch.float64 in (q.dtype, k.dtype, v.dtype):
-        check_dtypes("attention", q.dtype, k=k, v=v)
+        check_dtypes(op, q.dtype, k=k, v=v)
+    check_device(op, q.device, k=k, v=v)
+    H, H_kv = q.shape[1], k.shape[1]
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{op}: key heads must divide {H} query heads, got {H_kv}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] == 0:
+            raise ValueError(f"{op}: head dim of {name} must be at least 1, got 0")
+
+
+def make_options(
+    op: str,
+    B: int,
+    q: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    window: Sequence[int] | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+) -> Options:
+    """Checks what `attention` and `attention_varlen` are given as options, and fills in defaults.
+
+    Raises:
+        TypeError: seed or slopes of another dtype.
+        ValueError: an option outside its range.
+        RuntimeError: seed or slopes on another device.
+    """
     if seed is not None and (not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64):
         given = seed.dtype if isinstance(seed, torch.Tensor) else type(seed).__name__
-        raise TypeError(f"attention: seed must be an int64 scalar tensor, got {given}")
-    check_shape("attention", "seed", seed, ())
-    check_device("attention", q.device, k=k, v=v, seed=seed)
-    B, H, _, D = q.shape
-    H_kv, S = k.shape[1], k.shape[2]
-    if tuple(k.shape) != (B, H_kv, S, D) or k.shape != v.shape:
-        raise ValueError(
-            f"attention: k and v must both be ({B}, H_kv, S, {D}), "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"attention: key heads must divide {H} query heads, got {H_kv}")
-    if D == 0:
-        raise ValueError("attention: head dim must be at least 1, got 0")
+        raise TypeError(f"{op}: seed must be an int64 scalar tensor, got {given}")
+    check_shape(op, "seed", seed, ())
+    if alibi_slopes is not None:
+        check_dtypes(op, torch.float32, alibi_slopes=alibi_slopes)
+        H = q.shape[1]
+        shape = tuple(alibi_slopes.shape)
+        if shape not in ((H,), (B, H)):
+            raise ValueError(f"{op}: alibi_slopes must be ({H},) or ({B}, {H}), got {shape}")
+    check_device(op, q.device, seed=seed, alibi_slopes=alibi_slopes)
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
+    if window is not None and (len(window) != 2 or min(window) < -1):
+        raise ValueError(f"{op}: window must be (left, right), each at least -1, got {window}")
+    left, right = (-1, -1) if window is None else window
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
-    scale = 1 / math.sqrt(D) if scale is None else scale
-    return attention_fwd(q, k, v, seed if dropout_p > 0 else None, causal, scale, dropout_p)[0]
+    return Options(
+        seed if dropout_p > 0 else None,
+        alibi_slopes,
+        1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        left,
+        0 if causal else right,
+        softcap or 0.0,
+        dropout_p,
+    )

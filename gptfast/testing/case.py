@@ -22,7 +22,8 @@ class Case:
 
     Args:
         op: key of `OPS`.
-        shape: of x or of the logits; (B, H, H_kv, T, S, D) for attention.
+        shape: of x or of the logits; (B, H, H_kv, T, S, D) for attention,
+            (H, H_kv, D) for attention_varlen.
         values: key of `VALUES`.
         layout: of every input, one of `LAYOUTS`; for attention also "packed": q, k and v are views
             of one (B, T, 3, H, D) tensor.
@@ -96,6 +97,7 @@ class OpRow:
         float32_result: whether results are float32 whatever the inputs are; or the names of those
             that are.
         like: results that have the dtype of an input, each with that input's name.
+        refuses: whether a backend, by name, says that it does not take a case (yet).
         reports: what the static report compiles for every target and executes to count bytes: real
             widths, head dims and vocabularies, with so few rows that each takes seconds.
     """
@@ -114,4 +116,5 @@ class OpRow:
     matrix_units: bool = False
     float32_result: bool | tuple[str, ...] = False
     like: Mapping[str, str] = field(default_factory=dict)
+    refuses: Callable[[str, Case], bool] = lambda backend, case: False
     reports: tuple[Case, ...] = ()
