@@ -79,8 +79,7 @@ def no_backward(*args: Any) -> Any:
 class Implementation:
     """One backend of one op.
 
-    `why_not` gets what `Op.choose` gets and returns
-    the reason to refuse it, or None.
+    `why_not` gets what `Op.choose` gets and returns the reason to refuse it, or None.
     """
 
     fwd: Callable[..., Any]

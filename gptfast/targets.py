@@ -30,6 +30,8 @@ class Target:
         registers: 32-bit registers.
         threads: resident at most.
         programs: resident at most.
+        multiprocessors: of the largest card. Heuristics share work out by it, so that all cards of
+            a generation give the same bits.
     """
 
     name: str
@@ -40,20 +42,21 @@ class Target:
     registers: int
     threads: int
     programs: int
+    multiprocessors: int
 
 
 KB = 1024
 TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", 32, 163 * KB, 164 * KB, 64 * KB, 2048, 32),
-        Target("sm_86", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 16),
-        Target("sm_89", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 24),
-        Target("sm_90", "cuda", 32, 227 * KB, 228 * KB, 64 * KB, 2048, 32),
-        Target("sm_100", "cuda", 32, 227 * KB, 228 * KB, 64 * KB, 2048, 32),
-        Target("sm_120", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 24),
+        Target("sm_80", "cuda", 32, 163 * KB, 164 * KB, 64 * KB, 2048, 32, 108),
+        Target("sm_86", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 16, 84),
+        Target("sm_89", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 24, 142),
+        Target("sm_90", "cuda", 32, 227 * KB, 228 * KB, 64 * KB, 2048, 32, 132),
+        Target("sm_100", "cuda", 32, 227 * KB, 228 * KB, 64 * KB, 2048, 32, 148),
+        Target("sm_120", "cuda", 32, 99 * KB, 100 * KB, 64 * KB, 1536, 24, 188),
         # Four SIMDs of 512 registers for 64 lanes each; 8 wavefronts a SIMD.
-        Target("gfx942", "hip", 64, 64 * KB, 64 * KB, 128 * KB, 2048, 32),
+        Target("gfx942", "hip", 64, 64 * KB, 64 * KB, 128 * KB, 2048, 32, 304),
     )
 }
 SMALLEST = TARGETS["sm_86"]  # of an unknown card: every other one has more room

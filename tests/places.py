@@ -1,11 +1,14 @@
-"""Where an op can run on this machine: every backend, on every device, at every SIMD level."""
+"""Where an op can run on this machine: every backend, on every device, at every SIMD level.
+
+And where in its results a test plants a fault.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +40,15 @@ if torch.cuda.is_available():
 def implemented(op: str) -> list[Place]:
     """The places where an op has an implementation."""
     return [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+
+
+def first_result(op: str, outputs: Any, args: Sequence[Any]) -> torch.Tensor:
+    """Where to plant a fault: in the first tensor that an op returns, or else writes to."""
+    if outputs is not None:
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    schema = getattr(torch.ops.gptfast, f"{op}_fwd").default._schema
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    return args[written.index(True)]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from places import implemented
+from places import first_result, implemented
 from torch.nn import functional as F
 
 import gptfast
@@ -513,15 +513,6 @@ FAULTS = {
     plant_overrun: "wrote outside the tensor",
     plant_in_input: "was written to",
 }
-
-
-def first_result(op, outputs, args):
-    """The first tensor that an op returns; of one that returns nothing, the first it writes to."""
-    if outputs is not None:
-        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    schema = getattr(torch.ops.gptfast, f"{op}_fwd").default._schema
-    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-    return args[written.index(True)]
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

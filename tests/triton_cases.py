@@ -10,11 +10,13 @@ import time
 
 import pytest
 import torch
+from places import first_result
 
+from benchmarks.static_report.traffic import Counting
 from benchmarks.tune import tune_case
 from gptfast import backend, tuning
-from gptfast.kernels import cross_entropy, layer_norm, linear_cross_entropy
-from gptfast.testing import CASES, DTYPES, OPS, Case, run_case
+from gptfast.kernels import attention_decode, cross_entropy, layer_norm, linear_cross_entropy
+from gptfast.testing import CASES, DTYPES, OPS, Case, make_problem, run_case
 
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
 
@@ -25,6 +27,12 @@ def work(case):
     """
     if case.op == "linear_cross_entropy":
         return torch.Size(case.shape[:-1]).numel()
+    if case.op == "kv_cache_append":  # takes a program a token
+        B, H_kv, T, *_ = case.shape
+        return B * H_kv * T
+    if case.op == "attention_decode":  # whose heads share a tile
+        B, _, H_kv, _, S, *_ = case.shape
+        return B * H_kv * S // 3
     if case.op == "attention_varlen":
         scores = case.shape[0] * sum(T * max(S, 1) for T, S in case.options["lengths"])
     elif case.op == "attention":
@@ -54,7 +62,7 @@ def test_a_planted_wrong_value_is_found(op, monkeypatch):
 
     def wrong(*args):
         outputs = right.fwd(*args)
-        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        first = first_result(op, outputs, args)
         first[first.abs() == first.abs().max()] *= 1.001
         return outputs
 
@@ -110,3 +118,26 @@ def test_tuning_changes_launches(tmp_path, monkeypatch):
     tuning.forget()
     (config,) = picked.values()
     assert {name: getattr(config, name) for name in tuned} == tuned
+
+
+@pytest.mark.parametrize("parts", [2, 5, 40])
+def test_keys_visited_in_parts(parts, monkeypatch):
+    monkeypatch.setattr(attention_decode, "pick_parts", lambda *args: parts)
+    shape, options = (3, 4, 2, 3, 170, 16, 16), {"ragged": True}
+    for more in ({}, {"window": (20, 0), "page_size": 7}, {"softcap": 2.0, "alibi": True}):
+        run_case(Case("attention_decode", shape, options={**options, **more}), "triton")
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_decoding_reads_keys_and_values_once_for_all_query_heads(page_size):
+    B, H, H_kv, T, S, D, Dv = 2, 8, 2, 3, 96, 16, 32
+    options = {} if page_size is None else {"page_size": page_size}
+    case = Case("attention_decode", (B, H, H_kv, T, S, D, Dv), options=options)
+    problem = make_problem(case, torch.bfloat16)
+    with Counting() as counting:
+        problem.judge(problem.run("triton", poison=False))
+    ((_, counter),) = counting.launches
+    caches = B * H_kv * S * (D + Dv) * 2
+    table = 0 if page_size is None else B * H_kv * S * 4
+    others = B * H * T * (D * 2 + Dv * 2 + 4) + B * H_kv * 4  # q, o, lse, lengths
+    assert counter.issued == caches + table + others

@@ -3,6 +3,7 @@
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.attention import attention
+from gptfast.ops.attention_decode import attention_decode
 from gptfast.ops.attention_varlen import attention_varlen
 from gptfast.ops.bias_gelu import bias_gelu
 from gptfast.ops.cross_entropy import cross_entropy
@@ -10,6 +11,7 @@ from gptfast.ops.dropout_add import dropout_add
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
 from gptfast.ops.glu import geglu, swiglu
+from gptfast.ops.kv_cache_append import kv_cache_append
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy
 from gptfast.ops.rms_norm import rms_norm
@@ -19,6 +21,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "bias_gelu",
     "cross_entropy",
@@ -26,6 +29,7 @@ __all__ = [
     "embedding",
     "geglu",
     "gelu",
+    "kv_cache_append",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

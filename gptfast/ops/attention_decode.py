@@ -1,0 +1,352 @@
+"""Attention of a few new tokens to a cache of keys and values, for inference.
+
+Sequence b has L_b = cache_seqlens_b keys in the cache, the new ones included, and T queries, the
+last of which sees the last key. With the diagonal d_ij = j - (i + L_b - T):
+
+x_ij = scale q_i . k_j
+s_ij = softcap tanh(x_ij / softcap) + slope d_ij      (without softcap: s_ij = x_ij + slope d_ij)
+visible: -left <= d_ij <= 0
+lse_i = log sum_j exp(s_ij),  o_i = sum_j exp(s_ij - lse_i) v_j
+
+A query that sees no key has o = 0 and lse = -inf. Keys that no query sees are not read.
+
+Keys may be visited in parts, each giving an o and an lse of its own. They merge exactly:
+
+lse = log sum_parts exp(lse_part),  o = sum_parts exp(lse_part - lse) o_part
+
+A contiguous cache is a paged one with one page a sequence: (pages, tokens, H_kv, D) in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gptfast import backend
+from gptfast.ops.library import (
+    check_device,
+    check_dtypes,
+    check_floating,
+    define,
+    statistics_dtype,
+)
+
+Tensors2 = tuple[torch.Tensor, torch.Tensor]
+MAX_QUERIES = 16  # a sequence: with more of them, `attention` has tiles that fit better
+MAX_HEAD_DIM = 256  # of the Triton kernel, which holds whole rows
+
+
+def reference_fwd(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
+) -> Tensors2:
+    """The formula in PyTorch."""
+    dtype = statistics_dtype(q.dtype)
+    _, H, T, _ = q.shape
+    H_kv = k_cache.shape[2]
+    lengths = cache_seqlens.long()
+    k, v = (_rows_of_sequences(x, lengths, block_table) for x in (k_cache, v_cache))
+    i, j = (torch.arange(n, device=q.device) for n in (T, k.shape[1]))
+    distance = j - (i[:, None] + lengths[:, None, None] - T)  # (B, T, S)
+    visible = distance <= 0
+    if left >= 0:
+        visible &= distance >= -left
+    # What no query sees may be anything, NaN too, and 0 NaN is NaN.
+    unseen = ~visible.any(1)[..., None, None]
+    k, v = (x.to(dtype).masked_fill(unseen, 0) for x in (k, v))
+    scores = torch.einsum("bhgtd,bshd->bhgts", q.to(dtype).unflatten(1, (H_kv, -1)), k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(dtype).unflatten(-1, (H_kv, H // H_kv))
+        scores = scores + slopes[..., None, None] * distance[:, None, None]
+    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
+    o = output_like(q, v.shape[-1])
+    o.copy_(torch.einsum("bhgts,bshd->bhgtd", p, v).flatten(1, 2))
+    return o, lse.flatten(1, 2)
+
+
+def _rows_of_sequences(
+    cache: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, S, H_kv, D): each sequence's rows of a cache, in order.
+
+    S is the room there is; on a CPU, where that needs no synchronisation, the longest length.
+    """
+    if block_table is not None:
+        # Entries that belong to no sequence may be anything.
+        pages = block_table.long().clamp(0, max(cache.shape[0] - 1, 0))
+        cache = cache[pages].flatten(1, 2)
+    if lengths.device.type == "cpu":
+        cache = cache[:, : int(lengths.max()) if lengths.numel() else 0]
+    return cache
+
+
+def capacity(k_cache: torch.Tensor, block_table: torch.Tensor | None) -> int:
+    """How many tokens a sequence has room for."""
+    pages = 1 if block_table is None else block_table.shape[1]
+    return pages * k_cache.shape[1]
+
+
+def output_like(q: torch.Tensor, Dv: int) -> torch.Tensor:
+    """(B, H, T, Dv) lying in memory as (B, T, H, Dv): merging the heads then copies nothing."""
+    B, H, T, _ = q.shape
+    return q.new_empty(B, T, H, Dv).transpose(1, 2)
+
+
+def _why_not_triton(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any
+) -> str | None:
+    widest = max(q.shape[-1], v_cache.shape[-1])
+    if widest > MAX_HEAD_DIM:
+        return f"its head dim must be at most {MAX_HEAD_DIM}, got {widest}"
+    return None
+
+
+OP = backend.Op(
+    "attention_decode",
+    {
+        "torch": backend.Implementation(reference_fwd),
+        "triton": backend.triton_implementation(
+            "attention_decode", why_not=_why_not_triton, forward_only=True
+        ),
+    },
+)
+
+
+def _fwd(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
+) -> Tensors2:
+    used = None if left < 0 else left + q.shape[2]
+    check_entries("attention_decode", k_cache, cache_seqlens, block_table, used)
+    return OP.choose(q, k_cache, v_cache).fwd(
+        q, k_cache, v_cache, cache_seqlens, block_table, alibi_slopes, scale, left, softcap
+    )
+
+
+def _fake_fwd(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any) -> Tensors2:
+    o = output_like(q, v_cache.shape[-1])
+    return o, q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+
+
+attention_decode_fwd = define(
+    "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,"
+    " Tensor? block_table, Tensor? alibi_slopes, float scale, int left, float softcap)"
+    " -> (Tensor, Tensor)",
+    _fwd,
+    _fake_fwd,
+)
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    block_table: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """o = softmax(scale q k^T) v of 1 to 16 new tokens a sequence, causal, from a KV cache.
+
+    Each sequence has a length of its own. The keys and values of the new tokens are in the cache
+    already: `kv_cache_append` puts them there.
+
+        gptfast.kv_cache_append(k, v, k_cache, v_cache, cache_seqlens)
+        o = gptfast.attention_decode(q, k_cache, v_cache, cache_seqlens)
+
+    Args:
+        q: (B, H, T, D), any strides, T at most 16; float32, bfloat16, float16 (float64 on the torch
+            backend). Query i sees the keys j <= i + cache_seqlens[b] - T: the last one sees all.
+        k_cache: (B, S_max, H_kv, D), or with a block table (num_pages, page_size, H_kv, D), in q's
+            dtype, any strides. H_kv divides H: each key head serves H / H_kv query heads. A cache
+            that keeps its heads before its tokens is passed as its `transpose(1, 2)`.
+        v_cache: the same but for its head dim Dv.
+        cache_seqlens: int32 (B,), how many keys of each sequence are valid, the new ones included.
+            Slots behind them may hold anything.
+        block_table: int32 (B, max_pages): token j of sequence b lies in page block_table[b, j //
+            page_size], slot j % page_size. Entries behind a sequence's last page may be anything.
+        scale: factor of the scores; None means 1 / sqrt(D).
+        window: (left, right) as in `attention` with `causal`, where right does nothing: a query
+            sees its own key and `left` before it; -1 sets no limit. Keys that fell out of the
+            window are not read, so their pages may be gone.
+        softcap: scores become softcap tanh(score / softcap), before the mask and ALiBi.
+        alibi_slopes: float32 (H,) or (B, H): slope times the distance is taken from each score.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        o (B, H, T, Dv) in q's dtype, laid out as (B, T, H, Dv) so that merging the heads copies
+        nothing. A query that sees no key, as in a sequence of length 0, gets zeros. With return_lse
+        a tuple (o, lse): lse is (B, H, T), float32, -inf where a query sees no key. On a given kind
+        of card the bits depend on shapes and lengths alone.
+
+    Raises:
+        TypeError: q or a cache is not floating point, their dtypes differ (also under autocast,
+            which would copy the cache), or the integers are not int32.
+        ValueError: shapes that do not fit, more than 16 queries, or an option outside its range.
+        IndexError: on a CPU, a length outside the cache or a page that is not there. On a GPU that
+            would need a synchronisation: lengths are taken as the nearest in range, and pages are
+            the caller's to get right.
+        RuntimeError: tensors on different devices; a backend is forced that cannot run the call;
+            differentiation, since this is for inference.
+
+    Limits:
+        Head dims over 256 run on the PyTorch reference on a GPU. The query heads of one key head
+        are packed into one tile of up to 64 rows (16 for the widest heads on the smallest cards);
+        beyond, keys and values are read once for every tile. A few long sequences are split among
+        programs, which takes 4 (Dv + 1) bytes for each row and part.
+
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient
+    Memory Management for Large Language Model Serving with PagedAttention", 2023.
+    """
+    op = "attention_decode"
+    check_caches(op, q, "q", k_cache, v_cache, cache_seqlens, block_table)
+    B, H, T, D = q.shape
+    H_kv = k_cache.shape[2]
+    if k_cache.shape[3] != D:
+        raise ValueError(f"{op}: head dim of k_cache must be {D} as q's, got {k_cache.shape[3]}")
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{op}: key heads must divide {H} query heads, got {H_kv}")
+    if T > MAX_QUERIES:
+        raise ValueError(
+            f"{op}: q must have at most {MAX_QUERIES} tokens a sequence, got {T}; "
+            "gptfast.attention takes any number"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
+    if window is not None and (len(window) != 2 or min(window) < -1):
+        raise ValueError(f"{op}: window must be (left, right), each at least -1, got {window}")
+    if alibi_slopes is not None:
+        check_dtypes(op, torch.float32, alibi_slopes=alibi_slopes)
+        check_device(op, q.device, alibi_slopes=alibi_slopes)
+        shape = tuple(alibi_slopes.shape)
+        if shape not in ((H,), (B, H)):
+            raise ValueError(f"{op}: alibi_slopes must be ({H},) or ({B}, {H}), got {shape}")
+    o, lse = attention_decode_fwd(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        alibi_slopes,
+        1 / math.sqrt(D) if scale is None else scale,
+        -1 if window is None else window[0],
+        softcap or 0.0,
+    )
+    return (o, lse) if return_lse else o
+
+
+def check_caches(
+    op: str,
+    x: torch.Tensor,
+    name: str,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> None:
+    """Raise unless caches, lengths and table fit together and to x, named `name`, (B, H, T, D).
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit.
+        RuntimeError: tensors on different devices.
+    """
+    for title, tensor, letters in (
+        (name, x, "(B, H, T, D)"),
+        ("k_cache", k_cache, "(B, S_max, H_kv, D) or (num_pages, page_size, H_kv, D)"),
+        ("v_cache", v_cache, "(B, S_max, H_kv, Dv) or (num_pages, page_size, H_kv, Dv)"),
+    ):
+        check_floating(op, title, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {title} must be {letters}, got {tuple(tensor.shape)}")
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{op}: head dim of {title} must be at least 1, got 0")
+    check_dtypes(op, x.dtype, k_cache=k_cache, v_cache=v_cache)
+    check_dtypes(op, torch.int32, cache_seqlens=cache_seqlens, block_table=block_table)
+    check_device(
+        op,
+        x.device,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cache_seqlens=cache_seqlens,
+        block_table=block_table,
+    )
+    B = x.shape[0]
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"{op}: v_cache must be {(*k_cache.shape[:3],)} and its head dim as k_cache, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if tuple(cache_seqlens.shape) != (B,):
+        raise ValueError(f"{op}: cache_seqlens must be ({B},), got {tuple(cache_seqlens.shape)}")
+    if block_table is None:
+        if k_cache.shape[0] != B:
+            raise ValueError(
+                f"{op}: k_cache must have {B} sequences as {name}, got {k_cache.shape[0]}; "
+                "a paged one needs a block_table"
+            )
+    elif block_table.dim() != 2 or block_table.shape[0] != B:
+        raise ValueError(
+            f"{op}: block_table must be ({B}, max_pages), got {tuple(block_table.shape)}"
+        )
+
+
+def check_entries(
+    op: str,
+    k_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    used: int | None,
+) -> None:
+    """Raise IndexError for a length or a page outside the cache; on a CPU only.
+
+    used: how many keys of a sequence, counted from its last, the op touches; None for all.
+    """
+    if cache_seqlens.device.type != "cpu" or not cache_seqlens.numel():
+        return
+    room = capacity(k_cache, block_table)
+    wrong = (cache_seqlens < 0) | (cache_seqlens > room)
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"{op}: cache_seqlens must be in [0, {room}], got {int(cache_seqlens[b])} at {b}"
+        )
+    if block_table is None:
+        return
+    num_pages, page_size = k_cache.shape[:2]
+    start = torch.arange(block_table.shape[1], device=block_table.device) * page_size
+    touched = start < cache_seqlens[:, None]
+    if used is not None:
+        touched &= start + page_size > cache_seqlens[:, None] - used
+    wrong = touched & ((block_table < 0) | (block_table >= num_pages))
+    if wrong.any():
+        b, n = wrong.nonzero()[0].tolist()
+        raise IndexError(
+            f"{op}: block_table must be in [0, {num_pages}), got {int(block_table[b, n])} "
+            f"at ({b}, {n})"
+        )
