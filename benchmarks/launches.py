@@ -55,6 +55,7 @@ OURS, EAGER, FUSED, COMPILED = "gptfast", "eager", "eager, fused AdamW", "torch.
 CHECKS = (
     (GPT, "_check"),
     (sys.modules["gptfast.ops.embedding"], "check_tokens"),
+    (sys.modules["gptfast.ops.cross_entropy"], "check_targets"),
     (sys.modules["gptfast.ops.linear_cross_entropy"], "check_targets"),
 )
 

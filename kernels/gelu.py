@@ -223,7 +223,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     empty = x.new_empty(0)
     dx = torch.empty_like(x) if needs[0] else empty
-    db = torch.zeros(N, dtype=torch.float32, device=x.device) if needs[1] else empty
+    make = torch.empty if x.numel() else torch.zeros
+    db = make(N, dtype=torch.float32, device=x.device) if needs[1] else empty
     if not x.numel():
         return dx, db
     config = pick_config(N, target_of(x.device))

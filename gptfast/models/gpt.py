@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gptfast.nn import GELU, CausalSelfAttention, KVCache, LayerNorm
-from gptfast.ops import cross_entropy
+from gptfast.nn import CausalSelfAttention, KVCache, LayerNorm
+from gptfast.ops import add_layer_norm, bias_gelu, cross_entropy, gelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +76,24 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = GELU("tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) to (B, T, C)."""
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T, C), without b_2."""
+        h = F.linear(x, self.c_fc.weight)
+        h = gelu(h) if self.c_fc.bias is None else bias_gelu(h, self.c_fc.bias)
+        return F.linear(h, self.c_proj.weight)
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)), with dropout of what is added.
+
+    Each sum is made in one pass with the norm behind it; that of the second is the next block's.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(
             config.n_embd, config.n_head, dropout=config.dropout, bias=config.bias
@@ -98,11 +102,31 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0
-    ) -> torch.Tensor:
-        """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, layer)
-        return x + self.mlp(self.ln_2(x))
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        following: nn.Module,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y = ln_1(x) to the new x and `following` of it; all are (B, T, C)."""
+        x, y = self._add(x, self.attn.branch(y, cache, layer), self.attn.c_proj, self.ln_2)
+        return self._add(x, self.mlp.branch(y), self.mlp.c_proj, following)
+
+    def _add(
+        self, x: torch.Tensor, branch: torch.Tensor, last: nn.Linear, norm: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + dropout(branch + bias of its last layer), and the norm of that."""
+        y, x = add_layer_norm(
+            branch,
+            x,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            x_bias=last.bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return x, y
 
 
 class GPT(nn.Module):
@@ -184,12 +208,14 @@ class GPT(nn.Module):
         position = torch.arange(start, start + T, device=idx.device)
         t: Any = self.transformer
         x = t["drop"](t["wte"](idx) + t["wpe"](position))
+        y = t["h"][0].ln_1(x)
+        norms = [*(block.ln_1 for block in t["h"]), t["ln_f"]]
         for layer, block in enumerate(t["h"]):
-            x = block(x, cache, layer)
+            x, y = block(x, y, norms[layer + 1], cache, layer)
         if cache is not None:
             cache.advance(T)
-            x = x[:, -1:]
-        logits = F.linear(t["ln_f"](x), self.lm_head.weight)
+            y = y[:, -1:]
+        logits = F.linear(y, self.lm_head.weight)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
     def _check(self, idx: torch.Tensor, cache: KVCache | None) -> None:

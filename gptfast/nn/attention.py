@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gptfast.ops import attention
 
@@ -102,6 +103,13 @@ class CausalSelfAttention(nn.Module):
         self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0
     ) -> torch.Tensor:
         """Attend from x to itself, and with a cache to the tokens before it as well."""
+        return self.resid_dropout(self.c_proj(self._attend(x, cache, layer)))
+
+    def branch(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
+        """The output without the last bias and dropout, which `add_layer_norm` can add."""
+        return F.linear(self._attend(x, cache, layer), self.c_proj.weight)
+
+    def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
         B, T, C = x.shape
         # Split before the heads are taken apart: the gradients then join along the last dimension,
         # as they lie in memory.
@@ -114,4 +122,4 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attention(q, k, v, causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return y.transpose(1, 2).reshape(B, T, C)
