@@ -58,10 +58,10 @@ class Config:
 # BLOCK_D -> (block_m, block_n, num_warps, num_stages) without dropout and with it. Registers
 # decide: an entry is the largest tile of those tried for which the compiler spills none, at BLOCK_D
 # columns and at seven eighths of them, whose loads are masked. Dropout has its own entries because
-# its counters (four words of Philox for eight scores) need up to 80 registers. So found with Triton
-# 3.9: all of MMA_SYNC on sm_80 but for 256, where it has to fit sm_86 too, all of WGMMA, of TCGEN05
-# and MFMA those of 64 and of the forward of 128, of FP32 those of 64 and of 128 without dropout
-# but for dq. The others are smaller tiles that have not been compiled.
+# its counters (four words of Philox for eight scores) need up to 80 registers. Found with Triton
+# 3.9: no 16-bit entry of 64, 128 or 256 that was compiled spills (MFMA of 256, and at 128 dk and dv:
+# with dropout, which needs more). Not compiled yet: TCGEN05 and MFMA of 16 and 32, whose tiles are
+# those of 64; FP32 but for 64, and for the forward and dk and dv of 128 without dropout.
 Tile = tuple[int, int, int, int]
 Tiles = Mapping[str, Mapping[int, tuple[Tile, Tile]]]
 
@@ -115,7 +115,8 @@ WGMMA: Tiles = {
         256: ((32, 32, 8, 2), (32, 32, 8, 2)),
     },
 }
-# tcgen05 keeps accumulators in tensor memory; it needs tiles of 64 in both directions.
+# tcgen05 keeps accumulators in tensor memory, which dk and dv of 256 columns would fill alone: there
+# mma.sync takes them.
 TCGEN05: Tiles = {
     "fwd": {
         16: ((128, 64, 8, 3), (128, 64, 8, 3)),
@@ -152,15 +153,15 @@ MFMA: Tiles = {
         16: ((64, 64, 4, 2), (64, 64, 4, 2)),
         32: ((64, 64, 4, 2), (64, 64, 4, 2)),
         64: ((128, 64, 8, 2), (64, 64, 4, 2)),
-        128: ((64, 32, 8, 2), (64, 32, 8, 2)),
-        256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+        128: ((64, 32, 8, 2), (32, 32, 4, 2)),
+        256: ((32, 16, 8, 1), (32, 16, 8, 1)),
     },
     "dkdv": {
         16: ((32, 64, 4, 2), (32, 64, 4, 2)),
         32: ((32, 64, 4, 2), (32, 64, 4, 2)),
         64: ((32, 64, 4, 2), (32, 64, 4, 2)),
-        128: ((32, 64, 8, 2), (32, 64, 8, 2)),
-        256: ((16, 32, 8, 1), (16, 32, 8, 1)),
+        128: ((32, 32, 4, 1), (32, 32, 4, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
     },
 }
 # fp32 at full precision: NVIDIA multiplies it outside the matrix units, with both operands in
