@@ -32,7 +32,8 @@ from gptfast.targets import Target, target_of
 # Columns that a program holds in registers. With 1024 threads each has 64 registers: 16 elements of
 # r and what the sums over a row need just fit. In backward each of 512 threads has 128 for its 16
 # elements: four of 32 bits for each, sums and inputs, fit; with more (three sums, or an fp32 stream
-# with two) the compiler spills, and rows are half as wide.
+# with two) the compiler spills, as it does with the masks of an unaligned row. Blocks are then half
+# as wide, and so they are where rows are swept anyway.
 MAX_FORWARD = 16384
 MAX_BACKWARD = 8192
 SUM_COLUMNS, SUM_ROWS = 32, 128  # tile of `partial`: 128-byte rows, 32 elements a thread
@@ -70,11 +71,12 @@ def pick_config(
         sums: of backward, how many gradients of parameters; None means forward.
         read: of backward, bytes of the inputs for one element.
     """
+    block_n = triton.next_power_of_2(max(N, 16))
     if sums is None:
-        tile, widest = 2048, MAX_FORWARD
+        tile, block_n = 2048, min(block_n, MAX_FORWARD if N % 16 == 0 else MAX_FORWARD // 2)
     else:
-        tile, widest = 4096, MAX_BACKWARD if 4 * sums + read <= 16 else MAX_BACKWARD // 2
-    block_n = min(triton.next_power_of_2(max(N, 16)), widest)
+        fits = N <= MAX_BACKWARD and 4 * sums + read <= 16 and N % 16 == 0
+        tile, block_n = 4096, min(block_n, MAX_BACKWARD if fits else MAX_BACKWARD // 2)
     block_m = max(1, min(tile // block_n, triton.next_power_of_2(max(M // 512, 1))))
     threads = min(max(block_m * block_n // 16, target.warp_size), 1024)
     programs = max(1, min(triton.cdiv(M, block_m), 1024, M * itemsize // 64))

@@ -122,8 +122,16 @@ def test_products_run_on_matrix_units():
 def test_memory_bound_ops_move_little_more_than_they_must(call, most):
     rows = [r for r in ROWS if r.op in MEMORY_BOUND and r.call.endswith(call)]
     assert rows
-    wasteful = [r for r in rows if r.bytes_ratio > most]
+    # Norms read a row twice where registers have no room for it: see kernels/layer_norm.py.
+    swept = [r for r in rows if r.op.endswith("_norm") and width(r) > 8192]
+    limits = [(r, 2.0 if r in swept else most) for r in rows]
+    wasteful = [r for r, limit in limits if r.bytes_ratio > limit]
     assert not wasteful, describe(wasteful)
+
+
+def width(row: Row) -> int:
+    """The last size of a row's shape, "128x17003-p=0.3" for example."""
+    return int(row.shape.split("-")[0].split("x")[-1])
 
 
 # ---- The report itself ---------------------------------------------------------------------------

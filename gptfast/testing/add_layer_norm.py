@@ -152,10 +152,10 @@ def gradchecks(op: str) -> tuple[Case, ...]:
 def reports(op: str) -> tuple[Case, ...]:
     """For both ops: as in a pre-norm block, with everything, and wider than a block of columns."""
     return (
-        Case(op, (8192, 768), options=PLAIN),
-        Case(op, (4096, 4096), options={**PLAIN, "residual": "float32"}),
+        Case(op, (2048, 768), options=PLAIN),
+        Case(op, (512, 4096), options={**PLAIN, "residual": "float32"}),
         Case(op, (2048, 1024), options=ALL),
-        Case(op, (600, 17003), options=PLAIN),
+        Case(op, (128, 17003), options=PLAIN),
     )
 
 

@@ -63,5 +63,5 @@ ROW = OpRow(
     ),
     tail=lambda n: Case("rms_norm", (3, n)),
     many=Case("rms_norm", (2100, 67)),
-    reports=(Case("rms_norm", (8192, 4096)), Case("rms_norm", (600, 17003))),
+    reports=(Case("rms_norm", (512, 4096)), Case("rms_norm", (128, 17003))),
 )
