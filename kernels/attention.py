@@ -56,12 +56,13 @@ class Config:
 
 
 # BLOCK_D -> (block_m, block_n, num_warps, num_stages) without dropout and with it. Registers
-# decide: an entry is the largest tile of those tried for which the compiler spills none, at BLOCK_D
-# columns and at seven eighths of them, whose loads are masked. Dropout has its own entries because
-# its counters (four words of Philox for eight scores) need up to 80 registers. Found with Triton
-# 3.9: no 16-bit entry of 64, 128 or 256 that was compiled spills (MFMA of 256, and at 128 dk and dv:
-# with dropout, which needs more). Not compiled yet: TCGEN05 and MFMA of 16 and 32, whose tiles are
-# those of 64; FP32 but for 64, and for the forward and dk and dv of 128 without dropout.
+# decide: of the tiles tried, an entry is the largest for which the compiler (Triton 3.9) spills
+# none. Dropout has its own entries because its counters (four words of Philox for eight scores)
+# need up to 80 registers. Compiled at BLOCK_D columns and at seven eighths of them, whose loads are
+# masked: WGMMA, MMA_SYNC up to 128 on sm_80, TCGEN05 and MFMA of 64, and their forward of 128. At
+# BLOCK_D columns alone: the other 16-bit entries of 128 and 256, some only with dropout. Not yet:
+# TCGEN05 and MFMA of 16 and 32, with tiles of 64's; FP32 but for 64, and of 128, without dropout,
+# the forward and dk and dv.
 Tile = tuple[int, int, int, int]
 Tiles = Mapping[str, Mapping[int, tuple[Tile, Tile]]]
 
@@ -115,8 +116,8 @@ WGMMA: Tiles = {
         256: ((32, 32, 8, 2), (32, 32, 8, 2)),
     },
 }
-# tcgen05 keeps accumulators in tensor memory, which dk and dv of 256 columns would fill alone: there
-# mma.sync takes them.
+# tcgen05 keeps accumulators in tensor memory, which dk and dv of 256 columns would fill alone:
+# there mma.sync takes them.
 TCGEN05: Tiles = {
     "fwd": {
         16: ((128, 64, 8, 3), (128, 64, 8, 3)),
