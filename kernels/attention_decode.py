@@ -26,19 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.kernels.attention import LN2, LOG2E, _precision
-from gptfast.ops.attention import unit_stride
-from gptfast.ops.attention_decode import capacity, output_like
+from gptfast.kernels.attention import LN2, _block_d, _precision, _scores
+from gptfast.ops.attention import empty_output, unit_stride
+from gptfast.ops.attention_decode import capacity
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
-
-# tanh(x) / x = 1 + y (TANH_1 + y (TANH_2 + ...)), y = x^2, for |x| < TANH_SMALL: fitted by least
-# squares in fp64; in fp32 tanh is then off by at most 1.3 units of roundoff.
-TANH_SMALL = tl.constexpr(0.5)
-TANH_1 = tl.constexpr(-0.33333141)
-TANH_2 = tl.constexpr(0.13325821)
-TANH_3 = tl.constexpr(-0.053042162)
-TANH_4 = tl.constexpr(0.017235378)
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def pick_config(rows: int, D: int, Dv: int, itemsize: int, target: Target) -> Co
     queries. The limits are those that spill nowhere with every option on. Nor may rows that are no
     whole vectors of 16 bytes: each of their elements has its address in registers.
     """
-    block_d, block_dv = block_width(D), block_width(Dv)
+    block_d, block_dv = _block_d(D), _block_d(Dv)
     widest = max(block_d, block_dv)
     room = target.shared_memory_total // 2
     max_m, max_n = (64, 64) if itemsize < 4 else (32, 32) if widest <= 128 else (16, 16)
@@ -104,11 +96,6 @@ def pick_parts(
     return max(1, min(wanted, S // least, MAX_PARTS))
 
 
-def block_width(D: int) -> int:
-    """Columns of a tile that holds D of them: products need 16."""
-    return max(16, triton.next_power_of_2(D))
-
-
 def _precision_of(D: int, Dv: int, target: Target) -> str:
     """How products of fp32 are taken: on the matrix units, where that needs no spills.
 
@@ -119,16 +106,6 @@ def _precision_of(D: int, Dv: int, target: Target) -> str:
     precision = _precision()
     splits = precision == "ieee" and target.platform == "cuda" and max(D, Dv) <= 128
     return "tf32x3" if splits else precision
-
-
-@triton.jit
-def _tanh(x):
-    """tanh(x) to a few units of roundoff, however small."""
-    e = tl.exp2(tl.abs(x) * (LOG2E * -2))
-    large = tl.where(x < 0, e - 1, 1 - e) / (1 + e)
-    y = x * x
-    small = x + x * y * (TANH_1 + y * (TANH_2 + y * (TANH_3 + y * TANH_4)))
-    return tl.where(tl.abs(x) < TANH_SMALL, small, large)
 
 
 @triton.jit
@@ -230,13 +207,19 @@ def attention_decode_kernel(
         slot = slot.to(tl.int64)
         k_ptrs = k_ptr + (page * stride_k_page + slot * stride_k_row)[:, None] + offs_d[None, :]
         k = tl.load(k_ptrs, mask=used[:, None] & in_d, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if HAS_SOFTCAP:
-            s = _tanh(s * (scale / softcap)) * (softcap * LOG2E)
-        else:
-            s *= scale * LOG2E
-        if HAS_ALIBI:
-            s += (j[None, :] - i[:, None] - diagonal).to(tl.float32) * (slope * LOG2E)
+        s, _ = _scores(
+            q,
+            k,
+            i[:, None],
+            j[None, :],
+            diagonal,
+            scale,
+            softcap,
+            slope,
+            HAS_SOFTCAP,
+            HAS_ALIBI,
+            PRECISION,
+        )
         visible = used[None, :] & (j[None, :] <= i[:, None] + diagonal)
         if HAS_LEFT:
             visible &= j[None, :] >= i[:, None] + diagonal - left
@@ -323,7 +306,7 @@ def attention_decode_fwd(
     B, H, T, D = q.shape
     H_kv, Dv = v_cache.shape[2:]
     S = capacity(k_cache, block_table)
-    o = output_like(q, Dv)
+    o = empty_output(q, Dv)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if not q.numel():
         return o, lse
@@ -366,8 +349,8 @@ def attention_decode_fwd(
         DV=Dv,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=block_width(D),
-        BLOCK_DV=block_width(Dv),
+        BLOCK_D=_block_d(D),
+        BLOCK_DV=_block_d(Dv),
         PRECISION=_precision_of(D, Dv, target),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -383,7 +366,7 @@ def attention_decode_fwd(
             T,
             DV=Dv,
             BLOCK_PARTS=min(16, triton.next_power_of_2(parts)),
-            BLOCK_DV=block_width(Dv),
+            BLOCK_DV=_block_d(Dv),
             num_warps=4,
         )
     return o, lse

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.kernels.attention_decode import block_width, cache_rows
+from gptfast.kernels.attention import _block_d
+from gptfast.kernels.attention_decode import cache_rows
 from gptfast.ops.attention import unit_stride
 from gptfast.ops.attention_decode import capacity
 
@@ -116,7 +117,7 @@ def kv_cache_append_fwd(
     k, v = unit_stride(k), unit_stride(v)
     B, H_kv, T, D = k.shape
     Dv = v.shape[-1]
-    widest = block_width(max(D, Dv))
+    widest = _block_d(max(D, Dv))
     block_h = min(triton.next_power_of_2(H_kv), max(1, BLOCK // widest))
     kv_cache_append_kernel[(B * T, triton.cdiv(H_kv, block_h))](
         k,
@@ -136,7 +137,7 @@ def kv_cache_append_fwd(
         D=D,
         DV=Dv,
         BLOCK_H=block_h,
-        BLOCK_D=block_width(D),
-        BLOCK_DV=block_width(Dv),
+        BLOCK_D=_block_d(D),
+        BLOCK_DV=_block_d(Dv),
         num_warps=4,
     )

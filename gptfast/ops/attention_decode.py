@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from gptfast import backend
+from gptfast.ops.attention import empty_output, make_options, why_not_triton
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -36,7 +37,6 @@ from gptfast.ops.library import (
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 MAX_QUERIES = 16  # a sequence: with more of them, `attention` has tiles that fit better
-MAX_HEAD_DIM = 256  # of the Triton kernel, which holds whole rows
 
 
 def reference_fwd(
@@ -73,7 +73,7 @@ def reference_fwd(
     scores = scores.masked_fill(~visible[:, None, None], -math.inf)
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
-    o = output_like(q, v.shape[-1])
+    o = empty_output(q, v.shape[-1])
     o.copy_(torch.einsum("bhgts,bshd->bhgtd", p, v).flatten(1, 2))
     return o, lse.flatten(1, 2)
 
@@ -100,27 +100,12 @@ def capacity(k_cache: torch.Tensor, block_table: torch.Tensor | None) -> int:
     return pages * k_cache.shape[1]
 
 
-def output_like(q: torch.Tensor, Dv: int) -> torch.Tensor:
-    """(B, H, T, Dv) lying in memory as (B, T, H, Dv): merging the heads then copies nothing."""
-    B, H, T, _ = q.shape
-    return q.new_empty(B, T, H, Dv).transpose(1, 2)
-
-
-def _why_not_triton(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any
-) -> str | None:
-    widest = max(q.shape[-1], v_cache.shape[-1])
-    if widest > MAX_HEAD_DIM:
-        return f"its head dim must be at most {MAX_HEAD_DIM}, got {widest}"
-    return None
-
-
 OP = backend.Op(
     "attention_decode",
     {
         "torch": backend.Implementation(reference_fwd),
         "triton": backend.triton_implementation(
-            "attention_decode", why_not=_why_not_triton, forward_only=True
+            "attention_decode", why_not=why_not_triton, forward_only=True
         ),
     },
 )
@@ -145,7 +130,7 @@ def _fwd(
 
 
 def _fake_fwd(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *_: Any) -> Tensors2:
-    o = output_like(q, v_cache.shape[-1])
+    o = empty_output(q, v_cache.shape[-1])
     return o, q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
 
 
@@ -236,26 +221,17 @@ def attention_decode(
             f"{op}: q must have at most {MAX_QUERIES} tokens a sequence, got {T}; "
             "gptfast.attention takes any number"
         )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
-    if window is not None and (len(window) != 2 or min(window) < -1):
-        raise ValueError(f"{op}: window must be (left, right), each at least -1, got {window}")
-    if alibi_slopes is not None:
-        check_dtypes(op, torch.float32, alibi_slopes=alibi_slopes)
-        check_device(op, q.device, alibi_slopes=alibi_slopes)
-        shape = tuple(alibi_slopes.shape)
-        if shape not in ((H,), (B, H)):
-            raise ValueError(f"{op}: alibi_slopes must be ({H},) or ({B}, {H}), got {shape}")
+    options = make_options(op, B, q, True, scale, 0.0, None, window, softcap, alibi_slopes)
     o, lse = attention_decode_fwd(
         q,
         k_cache,
         v_cache,
         cache_seqlens,
         block_table,
-        alibi_slopes,
-        1 / math.sqrt(D) if scale is None else scale,
-        -1 if window is None else window[0],
-        softcap or 0.0,
+        options.alibi_slopes,
+        options.scale,
+        options.left,
+        options.softcap,
     )
     return (o, lse) if return_lse else o
 
