@@ -205,8 +205,9 @@ def norm_fwd_kernel(
                 mean += delta * share
                 squares += tl.sum(centred * centred, 1) + delta * delta * share * start
         rstd = 1 / tl.sqrt(squares / N + eps)
-        # With a residual, r is read where this program has just written it.
+        # With a residual, r is read where this program, perhaps another thread of it, wrote it.
         if HAS_RESIDUAL:
+            tl.debug_barrier()
             again_ptr, stride = r_ptr, N
         else:
             again_ptr, stride = x_ptr, stride_x_row
