@@ -246,10 +246,12 @@ def _store_rows(ptr, x, rows, stride_row, N, D: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit
 def _sequence(cu_seqlens_ptr, b, length, VARLEN: tl.constexpr):
     """Row of the first token of sequence b in a packed tensor, and how many tokens it has."""
+    start = 0
     if VARLEN:
-        start = tl.load(cu_seqlens_ptr + b)
-        return start.to(tl.int64), tl.load(cu_seqlens_ptr + b + 1) - start
-    return 0, length
+        first = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - first
+        start = first.to(tl.int64)
+    return start, length  # one return: Triton compiles those of branches not taken, too
 
 
 @triton.jit
