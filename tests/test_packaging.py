@@ -242,7 +242,9 @@ def test_the_extension_links_only_the_systems_libraries(extension: Path) -> None
 
 def vector_functions(library: Path) -> tuple[set[str], set[str]]:
     """Functions with AVX or AMX code (VEX, EVEX, tiles): those of a SIMD level, and others."""
-    level = re.compile(r"7gptfast(4avx2|6avx512|3amx)")
+    # Of a level, or a template of internal linkage (L) over a type of that level: no other object
+    # can take its place.
+    level = re.compile(r"7gptfast(4avx2|6avx512|3amx)|7gptfastL.*NS_(4avx2|6avx512|3amx)")
     own, foreign = set(), set()
     function = ""
     for line in run(
