@@ -478,8 +478,8 @@ def wait_for(condition, process):
 
 
 def test_kill_9_at_a_random_moment_then_resume(config, tmp_path):
-    # A checkpoint at every step: the kill falls into a write more often than not. min_lr is said, since
-    # the command's preset has one of its own, which moves the loss in its last digit from step 29 on.
+    # A checkpoint at every step: the kill falls into a write more often than not. min_lr is said,
+    # since the command's preset has its own, which moves the loss's last digit from step 29 on.
     config = change(config, max_iters=100_000, checkpoint_interval=1, eval_interval=3, min_lr=1e-3)
     process = run_process(config)
     wait_for(lambda: checkpoint.latest(config.out), process)
