@@ -7,7 +7,7 @@ SHELL := bash
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO := out/make-demo
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The first of these that is there; 3.11 is the one that CI runs.
 PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -37,6 +37,12 @@ test: venv ## the tests, without the slow ones
 test-slow: venv ## all tests
 	$(BIN)/python -m pytest
 
+cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolkit's headers)
+	$(BIN)/python -m pytest tests/test_cuda_host.py
+
+cuda-sanitize: venv ## the CUDA kernels under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m pytest tests/test_cuda_sanitize.py
+
 bench: venv ## tokens per second against PyTorch
 	$(BIN)/python benchmarks/run.py
 
@@ -61,4 +67,4 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow bench static launches lint format clean
+.PHONY: help venv demo test test-slow cuda-host cuda-sanitize bench static launches lint format clean

@@ -70,6 +70,45 @@ def missing(backend: str) -> str | None:
     return None
 
 
+_cuda_on_cpu: ModuleType | None = None
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(module: ModuleType) -> Iterator[None]:
+    """Let the `cuda` backend run on CPU tensors, by the launchers in `module`, inside the block.
+
+    Args:
+        module: what `gptfast.testing.cuda_host.load` returns.
+    """
+    global _cuda_on_cpu
+    before, _cuda_on_cpu = _cuda_on_cpu, module
+    _forget_candidates()
+    try:
+        yield
+    finally:
+        _cuda_on_cpu = before
+        _forget_candidates()
+
+
+def launch_cuda(kernel: str, x: torch.Tensor, *args: Any) -> None:
+    """Call a launcher of csrc/cuda/launchers.h, on x's device and PyTorch's current stream there.
+
+    Args:
+        kernel: the launcher's name.
+        x: decides device and dtype.
+        args: all but dtype and stream; tensors go as their addresses, None as a null pointer.
+    """
+    addresses = [
+        a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in args
+    ]
+    if _cuda_on_cpu is not None:
+        module, device, stream = _cuda_on_cpu, 0, 0
+    else:
+        module, device = extension().cuda, x.device.index  # type: ignore[union-attr]
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+    getattr(module, kernel)(device, *addresses, DTYPE_CODES[x.dtype], stream)
+
+
 def no_backward(*args: Any) -> Any:
     """The `bwd` of an op that has a forward only."""
     raise RuntimeError("the op has no backward")
@@ -166,6 +205,11 @@ def use_backend(name: str) -> Iterator[None]:
 OPS: dict[str, Op] = {}  # every op by name, once gptfast.ops is imported
 
 
+def _forget_candidates() -> None:
+    for op in OPS.values():
+        op._candidates.clear()
+
+
 class Op:
     """An op's name and its implementations by backend.
 
@@ -201,11 +245,12 @@ class Op:
         """The part of `why_not` that device and dtype decide."""
         if backend not in self.implementations:
             return f"{self.name} has no {backend} kernel yet"
-        reason = missing(backend)
+        hosted = backend == "cuda" and _cuda_on_cpu is not None
+        reason = None if hosted else missing(backend)
         if reason:
             return reason
         device = "cpu" if backend == "cpu" else "cuda"
-        if x.device.type != device and not (backend == "triton" and interpreting(x)):
+        if x.device.type != device and not (hosted or (backend == "triton" and interpreting(x))):
             return f"its tensors must be on {device}, got {x.device.type}"
         if x.dtype not in DTYPE_CODES:
             return f"its tensors must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}"

@@ -24,6 +24,7 @@ from gptfast.ops.library import (
     check_device,
     check_floating,
     check_shape,
+    cuda_parameter,
     define,
     fp32_parameter,
     pointer,
@@ -165,6 +166,50 @@ def cpu_bwd(
     return dx
 
 
+def cuda_fwd(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensors2:
+    """The `cuda` backend of the forward op."""
+    x, target = x.contiguous(), target.contiguous()
+    M, V = x.shape
+    if x.device.type == "cpu":  # the host runner; on a GPU the look would wait for the device
+        check_targets("cross_entropy", target, V, ignore_index)
+    loss = torch.empty(M, dtype=torch.float32, device=x.device)
+    lse = torch.empty_like(loss)
+    given = x, target, *cuda_parameter(weight)
+    options = ignore_index, label_smoothing, z_loss, softcap or 0.0
+    backend.launch_cuda("cross_entropy_fwd", x, *given, loss, lse, M, V, *options)
+    return loss, lse
+
+
+def cuda_bwd(
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """The `cuda` backend of the backward op."""
+    x, target, dloss, lse = (t.contiguous() for t in (x, target, dloss, lse))
+    dx = x if inplace else torch.empty_like(x)
+    w_sum = None if weight is None else weight.sum(dtype=torch.float32)
+    given = dloss, x, target, *cuda_parameter(weight), w_sum, lse, dx
+    options = ignore_index, label_smoothing, z_loss, softcap or 0.0
+    backend.launch_cuda("cross_entropy_bwd", x, *given, *x.shape, *options)
+    return dx
+
+
 def check_targets(op: str, target: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raise IndexError naming the first target outside [0, V) that is not ignored (it waits)."""
     bad = ((target < 0) | (target >= V)) & (target != ignore_index)
@@ -185,6 +230,7 @@ OP = backend.Op(
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("cross_entropy"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 

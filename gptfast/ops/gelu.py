@@ -72,12 +72,29 @@ def cpu_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor
     return dx
 
 
+def cuda_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cuda` backend of the forward op."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    backend.launch_cuda("gelu_fwd", x, x, y, x.numel(), approximate == "tanh")
+    return y
+
+
+def cuda_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cuda` backend of the backward op."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    backend.launch_cuda("gelu_bwd", x, dy, x, dx, x.numel(), approximate == "tanh")
+    return dx
+
+
 OP = backend.Op(
     "gelu",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("gelu"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from gptfast import backend
+
 LIBRARY = torch.library.Library("gptfast", "DEF")
 
 
@@ -196,6 +198,13 @@ def fp32_parameter(w: torch.Tensor | None) -> torch.Tensor | None:
     if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
         return w
     return w.to(torch.float32).contiguous()
+
+
+def cuda_parameter(w: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """A weight as the CUDA kernels take it, contiguous or absent, and the code of its dtype."""
+    if w is not None:
+        w = (w if w.dtype in backend.DTYPE_CODES else w.to(torch.float32)).contiguous()
+    return w, 0 if w is None else backend.DTYPE_CODES[w.dtype]
 
 
 def pointer(t: torch.Tensor | None) -> int:

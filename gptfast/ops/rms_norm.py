@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.layer_norm import check_rows, cpu_backward, cpu_forward, gradients
+from gptfast.ops.layer_norm import (
+    check_rows,
+    cpu_backward,
+    cpu_forward,
+    cuda_normalise,
+    gradients,
+)
+from gptfast.ops.layer_norm import cuda_bwd as cuda_gradients
 from gptfast.ops.library import define, statistics_dtype
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
@@ -65,12 +72,30 @@ def cpu_bwd(
     return dx, dw
 
 
+def cuda_fwd(x: torch.Tensor, w: torch.Tensor | None, eps: float) -> Tensors2:
+    """The `cuda` backend of the forward op."""
+    return cuda_normalise(x, w, None, eps, None)
+
+
+def cuda_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    rstd: torch.Tensor,
+    needs: list[bool],
+) -> Tensors2:
+    """The `cuda` backend of the backward op."""
+    dx, dw, _ = cuda_gradients(dy, x, w, None, rstd, [*needs, False])
+    return dx, dw
+
+
 OP = backend.Op(
     "rms_norm",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("rms_norm", "layer_norm"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 
