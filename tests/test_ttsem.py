@@ -8,6 +8,7 @@ tensors, or two programs touch the same element and one of them writes it.
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ CASES = [
 def ttsem():
     """Launches of Triton kernels go to ttsem, which takes tensors on the CPU."""
     with (
+        # ttsem puts stand-ins into torch.cuda and leaves them there: later tests would see a GPU.
+        mock.patch.dict(vars(torch.cuda)),
         targets.assume("sm_90"),
         triton_takes_cpu_tensors(),
         sanitize.session(cc=90, cuda_is_cpu=False) as session,
