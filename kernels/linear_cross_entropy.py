@@ -231,7 +231,7 @@ def linear_cross_entropy_combine_kernel(
         top = new_top
         z_t += tl.load(partial_ptr + 2 * M + offs_m, mask=mask, other=0.0)
         wz_sum += tl.load(partial_ptr + 3 * M + offs_m, mask=mask, other=0.0)
-        partial_ptr += 4 * M.to(tl.int64)
+        partial_ptr += tl.cast(M, tl.int64) * 4  # M is a constant where it is 1
     lse = top + tl.log(total)
     t = tl.load(target_ptr + offs_m, mask=mask, other=0)
     # A target outside [0, V) makes the loss NaN: a look from the host would wait for the card.

@@ -20,5 +20,6 @@ def dropout_factors(
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (M, N / 8, word div 2, word mod 2)
     bits = tl.join(words & 0xFFFF, words >> 16)  # and the half
     bits = tl.reshape(bits, (BLOCK_M, BLOCK_N))
-    keep = bits < threshold.to(tl.uint32)
-    return tl.where(keep, 65536.0 / threshold.to(tl.float32), 0.0)
+    # `cast`, not `to`: a threshold of 1 is a constant to Triton, and no tensor.
+    keep = bits < tl.cast(threshold, tl.uint32)
+    return tl.where(keep, 65536.0 / tl.cast(threshold, tl.float32), 0.0)
