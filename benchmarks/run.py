@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmarks/run.py`
 
@@ -29,6 +30,7 @@ from gptfast.data import Dataset, read_text
 from gptfast.models import GPT, GPTConfig
 
 OURS = "gptfast"
+OURS_COMPILED = "gptfast, compiled"  # on a GPU, where launches from Python cost as much as kernels
 EAGER = "torch eager"
 COMPILED = "torch.compile"
 
@@ -53,6 +55,11 @@ WORKS = [
     Work("train, GPT-2 124M, B=4 T=256", SMALL, "gpt2", 4, quick=False),
     Work("generate, GPT-2 124M, B=1", SMALL, "gpt2", 1, new_tokens=32, quick=False),
 ]
+FULL = GPTConfig.preset("gpt2")
+GPU_WORKS = [
+    Work("train, GPT-2 124M, B=16 T=1024", FULL, "gpt2", 16),
+    Work("generate, GPT-2 124M, B=1", FULL, "gpt2", 1, new_tokens=64, quick=False),
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Row:
 
     work: str
     contender: str
+    device: str
     dtype: str
     threads: int
     tok_per_s: float
@@ -81,11 +89,12 @@ def train_step(
     model.train()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = forward(x, y)[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        finish(x.device)
 
     return step
 
@@ -101,11 +110,18 @@ def generation(
     def generate() -> None:
         cache.reset()
         idx = prompt
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=bf16):
             for _ in range(new_tokens):
                 idx = forward(idx, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
+        finish(idx.device)
 
     return generate
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_equal(ours: GPT, stock: StockGPT, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -114,8 +130,10 @@ def check_equal(ours: GPT, stock: StockGPT, x: torch.Tensor, y: torch.Tensor) ->
     gradients: list[dict[str, Any]] = []
     for model in (ours, stock):
         model.zero_grad()
-        loss = model(x, y)[1]
-        loss.backward()
+        # Scores and all in fp32: some GPU kernels round them to less.
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = model(x, y)[1]
+            loss.backward()
         losses.append(loss.item())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         model.zero_grad()
@@ -131,7 +149,13 @@ def check_equal(ours: GPT, stock: StockGPT, x: torch.Tensor, y: torch.Tensor) ->
 
 
 def run_work(
-    work: Work, contenders: list[str], bf16: bool, rounds: int, seconds: float, console: Console
+    work: Work,
+    contenders: list[str],
+    device: str,
+    bf16: bool,
+    rounds: int,
+    seconds: float,
+    console: Console,
 ) -> list[Row]:
     """Time one work on all contenders."""
     data = Dataset.in_memory(read_text(), work.tokenizer)  # type: ignore[arg-type]
@@ -139,13 +163,15 @@ def run_work(
     torch.manual_seed(0)
     weights = GPT(config).state_dict()
     generator = torch.Generator().manual_seed(0)
-    x, y = data.batch("train", work.batch_size, config.block_size, generator)
+    batch = data.batch("train", work.batch_size, config.block_size, generator)
+    x, y = (tokens.to(device) for tokens in batch)
 
     models: dict[str, Any] = {}
     for name in contenders:
-        models[name] = GPT(config) if name == OURS else StockGPT(config)
+        is_ours = name in (OURS, OURS_COMPILED)
+        models[name] = (GPT(config) if is_ours else StockGPT(config)).to(device)
         models[name].load_state_dict(weights)
-    stock = StockGPT(config)
+    stock = StockGPT(config).to(device)
     stock.load_state_dict(weights)
     check_equal(models[OURS], stock, x, y)
     del stock
@@ -153,7 +179,7 @@ def run_work(
     calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         forward = model
-        if name == COMPILED:
+        if name in (COMPILED, OURS_COMPILED):
             forward = torch.compile(model, dynamic=True if work.new_tokens else None)
         if work.new_tokens:
             calls[name] = generation(forward, model, x[:, :8], work.new_tokens, bf16)
@@ -171,17 +197,25 @@ def run_work(
             seconds_per_turn=seconds,
             on_turn=lambda: bar.advance(task),
         )
-    best_peer = min((t.median for name, t in timings.items() if name != OURS), default=None)
-    return [row(work, name, t, best_peer, tokens, bf16) for name, t in timings.items()]
+    peers = [t.median for name, t in timings.items() if name in (EAGER, COMPILED)]
+    best_peer = min(peers, default=None)
+    return [row(work, name, device, t, best_peer, tokens, bf16) for name, t in timings.items()]
 
 
 def row(
-    work: Work, contender: str, t: Timing, best_peer: float | None, tokens: int, bf16: bool
+    work: Work,
+    contender: str,
+    device: str,
+    t: Timing,
+    best_peer: float | None,
+    tokens: int,
+    bf16: bool,
 ) -> Row:
     """A table row from a timing."""
     return Row(
         work=work.name,
         contender=contender,
+        device=device_name(device),
         dtype="bfloat16" if bf16 else "float32",
         threads=torch.get_num_threads(),
         tok_per_s=tokens / t.median,
@@ -191,9 +225,15 @@ def row(
     )
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def print_table(rows: list[Row], console: Console) -> None:
     """The rows as a table for people."""
-    table = Table(title=f"Tokens per second, torch {torch.__version__}, {rows[0].threads} threads")
+    where = f"{rows[0].threads} threads" if rows[0].device == "cpu" else rows[0].device
+    table = Table(title=f"Tokens per second, torch {torch.__version__}, {where}")
     for column in ("work", "contender", "dtype"):
         table.add_column(column)
     for column in ("tok/s", "p20 to p80", "ratio to best peer"):
@@ -201,7 +241,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     for r in rows:
         table.add_row(
             r.work,
-            f"[bold]{r.contender}" if r.contender == OURS else r.contender,
+            f"[bold]{r.contender}" if r.contender.startswith(OURS) else r.contender,
             r.dtype,
             f"{r.tok_per_s:,.0f}",
             f"{r.tok_per_s_p20:,.0f} to {r.tok_per_s_p80:,.0f}",
@@ -217,6 +257,7 @@ def main(
     json_file: Annotated[
         Path | None, tyro.conf.arg(name="json", help="Also write the rows to this file.")
     ] = None,
+    device: Annotated[str, tyro.conf.arg(help="cpu, or cuda: GPT-2 124M on the GPU.")] = "cpu",
     dtype: Annotated[
         str, tyro.conf.arg(help="float32, or bfloat16 for autocast in every contender.")
     ] = "float32",
@@ -236,6 +277,10 @@ def main(
     console = Console()
     if dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    if device not in ("cpu", "cuda"):
+        raise SystemExit(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no GPU that PyTorch can use")
     if threads is not None and threads < 1:
         raise SystemExit(f"--threads must be at least 1, got {threads}")
     if json_file is not None and not json_file.parent.is_dir():
@@ -244,14 +289,14 @@ def main(
         raise SystemExit("--keep-memory: this platform's allocator is not glibc's")
     if threads is not None:
         torch.set_num_threads(threads)
-    contenders = [OURS, EAGER] + ([COMPILED] if compile else [])
+    contenders = [OURS, EAGER]
+    if compile:
+        contenders += [COMPILED] if device == "cpu" else [OURS_COMPILED, COMPILED]
+    bf16, rounds = dtype == "bfloat16", 7 if quick else 11
     rows: list[Row] = []
-    for work in WORKS:
+    for work in WORKS if device == "cpu" else GPU_WORKS:
         if work.quick or not quick:
-            rounds = 7 if quick else 11
-            rows += run_work(
-                work, contenders, dtype == "bfloat16", rounds, seconds_per_turn, console
-            )
+            rows += run_work(work, contenders, device, bf16, rounds, seconds_per_turn, console)
     print_table(rows, console)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

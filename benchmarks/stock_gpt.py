@@ -63,10 +63,10 @@ class StockBlock(nn.Module):
 class StockCache:
     """Keys and values of the tokens seen so far, preallocated like gptfast's."""
 
-    def __init__(self, config: GPTConfig, batch_size: int) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device) -> None:
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
-        self.data = torch.empty(shape)
+        self.data = torch.empty(shape, device=device)
         self.length = 0
 
     def append(
@@ -102,7 +102,7 @@ class StockGPT(nn.Module):
         self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
 
     def new_cache(self, batch_size: int) -> StockCache:
-        return StockCache(self.config, batch_size)
+        return StockCache(self.config, batch_size, self.lm_head.weight.device)
 
     def forward(
         self,

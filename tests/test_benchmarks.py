@@ -118,7 +118,7 @@ def test_percentiles():
 
 
 def test_table_names_every_row(capsys):
-    rows = [run.Row("train", "gptfast", "float32", 2, 1000.0, 1.5, 900.0, 1100.0)]
+    rows = [run.Row("train", "gptfast", "cpu", "float32", 2, 1000.0, 1.5, 900.0, 1100.0)]
     run.print_table(rows, Console(width=160))
     out = capsys.readouterr().out
     assert "gptfast" in out
