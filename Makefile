@@ -37,6 +37,9 @@ test: venv ## the tests, without the slow ones
 test-slow: venv ## all tests
 	$(BIN)/python -m pytest
 
+gpu: venv ## on a GPU: every kernel on all cases, and what can be tested nowhere else; ten minutes at most
+	$(BIN)/python -m pytest -m gpu --numprocesses=8 --dist=loadgroup
+
 cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolkit's headers)
 	$(BIN)/python -m pytest tests/test_cuda_host.py
 
@@ -45,6 +48,10 @@ cuda-sanitize: venv ## the CUDA kernels under the address, undefined-behaviour a
 
 bench: venv ## tokens per second against PyTorch
 	$(BIN)/python benchmarks/run.py
+
+bench-gpu: venv ## on a GPU: times of the ops, and of a training step of GPT-2 124M, against PyTorch
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python benchmarks/run.py --device cuda --dtype bfloat16
 
 static: venv ## registers, spills, bytes and matrix instructions of every Triton kernel, with no GPU
 	$(BIN)/python -m benchmarks.static_report --write
@@ -67,4 +74,5 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow cuda-host cuda-sanitize bench static launches lint format clean
+.PHONY: help venv demo test test-slow gpu cuda-host cuda-sanitize bench bench-gpu static launches lint \
+	format clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = metafunc.definition.iter_markers("parametrize")
     if "place" in metafunc.fixturenames and not any("place" in mark.args[0] for mark in marks):
         metafunc.parametrize("place", PLACES, ids=str, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a GPU: `make gpu` selects it."""
+    for item in items:
+        place = getattr(item, "callspec", None) and item.callspec.params.get("place")
+        if isinstance(place, Place) and place.device == "cuda":
+            item.add_marker("gpu")
+
+
+@pytest.fixture(autouse=True)
+def gpu_errors_stay_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An illegal access is reported late, and by every later call: end this process, which xdist
+    then says of this test, and replaces.
+    """
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            pytest.exit(f"{request.node.nodeid}: {error}")
 
 
 @pytest.fixture

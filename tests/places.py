@@ -33,8 +33,13 @@ class Place(NamedTuple):
 PLACES = [Place("torch"), *(Place("cpu", isa=isa) for isa in ISAS)]
 if INTERPRET:
     PLACES.append(Place("triton"))
-if torch.cuda.is_available():
+elif torch.cuda.is_available():
     PLACES += [Place("torch", "cuda"), Place("triton", "cuda")]
+
+
+# Sizes of tails on a GPU, where each may need kernels of its own, compiled in seconds: one, and
+# those around the least width of a tile, of a vector and of a warp.
+GPU_TAILS = (1, 8, 15, 16, 17, 33)
 
 
 def implemented(op: str) -> list[Place]:

@@ -27,17 +27,18 @@ def leaves(residual_dtype=torch.float32):
 def test_either_result_may_go_unused(name, p, place):
     if place.backend not in gptfast.backend.OPS[name].implementations:
         pytest.skip("not implemented there")
-    x, residual, w, x_bias = inputs = [t.detach().requires_grad_() for t in leaves()]
-    z = torch.ones(5, 12)
+    inputs = [t.detach().to(place.device).requires_grad_() for t in leaves()]
+    x, residual, w, x_bias = inputs
+    seed, z = SEED.to(place.device), torch.ones(5, 12, device=place.device)
     if p:
-        z = factors({"x": x, "seed": SEED}, p)
+        z = factors({"x": x, "seed": seed}, p)
     stream = residual + z * (x + x_bias)
     norm = F.layer_norm if name == "add_layer_norm" else F.rms_norm
     expected = (norm(stream, (12,), w, eps=1e-5), stream)
     with gptfast.use_backend(place.backend):
-        got = OPS[name](x, residual, w, eps=1e-5, x_bias=x_bias, dropout_p=p, seed=SEED)
+        got = OPS[name](x, residual, w, eps=1e-5, x_bias=x_bias, dropout_p=p, seed=seed)
         for unused in (0, 1):
-            dy = torch.randn(5, 12)
+            dy = torch.randn(5, 12, device=place.device)
             grads = [
                 torch.autograd.grad(results[1 - unused], inputs, dy, True, allow_unused=True)
                 for results in (got, expected)
