@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from gptfast.kernels.philox import dropout_factors
-from gptfast.ops.attention import Options, empty_output
+from gptfast.ops.attention import Options, Tensors3, empty_output
 from gptfast.ops.philox import dropout_threshold
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
@@ -814,15 +814,19 @@ def _align_rows(x: torch.Tensor) -> torch.Tensor:
     strides in such vectors tell the compiler that there is none: it knows of other arguments
     whether 16 divides them, and of a product what divides its factors, but takes no hint.
     """
-    vector = 16 // x.element_size()
-    D = x.shape[-1]
-    strides = [x.stride(dim) for dim in range(3) if x.shape[dim] > 1]
-    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % vector == 0 for n in (D, *strides)):
+    if _is_aligned(x):
         return x
+    vector, D = 16 // x.element_size(), x.shape[-1]
     padded = empty_output(x, triton.cdiv(D, vector) * vector)
     padded[..., :D].copy_(x)
     padded[..., D:].zero_()
     return padded
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    vector = 16 // x.element_size()
+    sizes = (x.shape[-1], *(x.stride(dim) for dim in range(3) if x.shape[dim] > 1))
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n % vector == 0 for n in sizes)
 
 
 def _cut(x: torch.Tensor, D: int) -> torch.Tensor:
@@ -857,7 +861,9 @@ def _bwd(
     sequences: _Sequences,
     options: Options,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    into: Tensors3 | None = None,
+) -> Tensors3:
+    """As `_fwd`. Gradients that are needed go to `into`, if given, else to fresh memory."""
     D, Dv = q.shape[-1], v.shape[-1]
     do, q, k, v, o = (_align_rows(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
@@ -865,8 +871,11 @@ def _bwd(
     empty = q.new_empty(0)
     needs_dkdv = needs[1] or needs[2]
     delta = torch.empty_like(lse)
-    dq = empty_output(q) if needs[0] else empty
-    dk, dv = (empty_output(k), empty_output(v)) if needs_dkdv else (empty, empty)
+    if into is not None and all(_is_aligned(g) for g in into):
+        dq, dk, dv = into
+    else:
+        dq = empty_output(q) if needs[0] else empty
+        dk, dv = (empty_output(k), empty_output(v)) if needs_dkdv else (empty, empty)
     common = (lse, q, k, v, sequences, options)
     if q.numel():
         _launch(
@@ -886,6 +895,11 @@ def _bwd(
             *common,
             {},
         )
+    if into is not None:
+        for g, out in zip((dq, dk, dv), into, strict=True):
+            if g is not out:
+                out.copy_(g[..., : out.shape[-1]])
+        return into
     return (
         _cut(dq, D) if needs[0] else empty,
         _cut(dk, D) if needs[1] else empty,
@@ -909,11 +923,11 @@ def attention_bwd(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `triton` backend of `gptfast::attention_bwd`."""
-    *options, needs = rest
+) -> Tensors3:
+    """The `triton` backend of `gptfast::attention_bwd`; see `gptfast.ops.attention`."""
+    *options, needs, into = rest
     sequences = _Sequences(q.shape[0], q.shape[2], k.shape[2])
-    return _bwd(do, q, k, v, o, lse, dlse, sequences, Options(*options), needs)
+    return _bwd(do, q, k, v, o, lse, dlse, sequences, Options(*options), needs, into)
 
 
 def attention_varlen_fwd(

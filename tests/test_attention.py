@@ -184,7 +184,7 @@ def test_the_grid_has_one_axis_however_many_heads(monkeypatch):
     q = torch.randn(1, 1, 1, 8).expand(70_000, 2, 1, 8)
     options = (None, None, 1.0, -1, 0, 0.0, 0.0)
     o, lse = attention.attention_fwd(q, q, q, *options)
-    attention.attention_bwd(o, q, q, q, o, lse, None, *options, [True, True, True])
+    attention.attention_bwd(o, q, q, q, o, lse, None, *options, [True, True, True], None)
     assert grids == [(140_000,)] * 3
 
 

@@ -38,6 +38,9 @@ def work(case):
     elif case.op == "attention":
         B, H, _, T, S, _ = case.shape
         scores = B * H * T * max(S, 1)
+    elif case.op == "attention_qkv":
+        B, T, _ = case.shape
+        scores = B * case.options["heads"][0] * T * T
     else:
         return torch.Size(case.shape).numel()
     return scores * (10 if case.options.get("dropout_p") else 1) // 8

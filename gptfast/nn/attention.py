@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gptfast.ops import attention
+from gptfast.ops import attention, attention_qkv
+from gptfast.ops.attention_qkv import split_heads
 
 
 class KVCache:
@@ -110,16 +111,11 @@ class CausalSelfAttention(nn.Module):
         return F.linear(self._attend(x, cache, layer), self.c_proj.weight)
 
     def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
-        B, T, C = x.shape
-        # Split before the heads are taken apart: the gradients then join along the last dimension,
-        # as they lie in memory.
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        joined = self.c_attn(x).split([n * self.head_dim for n in heads], dim=2)
-        q, k, v = (
-            y.view(B, T, n, self.head_dim).transpose(1, 2)
-            for y, n in zip(joined, heads, strict=True)
-        )
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = attention(q, k, v, causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, T, C)
+        heads = (self.n_head, self.n_kv_head)
+        qkv, dropout_p = self.c_attn(x), self.dropout if self.training else 0.0
+        if cache is None:
+            return attention_qkv(qkv, *heads, causal=True, dropout_p=dropout_p)
+        q, k, v = split_heads(qkv, *heads)
+        k, v = cache.append(layer, k, v)
+        y = attention(q, k, v, causal=True, dropout_p=dropout_p)
+        return y.transpose(1, 2).flatten(2)

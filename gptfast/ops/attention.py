@@ -96,8 +96,11 @@ def reference_bwd(
     *rest: Any,
     first_head: int = 0,
 ) -> Tensors3:
-    """The gradient formulas in PyTorch; `rest` is `Options` and which gradients are needed."""
-    *options, needs = rest
+    """The gradient formulas in PyTorch. `rest`: `Options`, which gradients are needed, and `into`.
+
+    into: (dq, dk, dv) to write to, all of them, as `attention_qkv` wants it; None: fresh ones.
+    """
+    *options, needs, into = rest
     scale = Options(*options).scale
     dtype = statistics_dtype(q.dtype)
     G = q.shape[1] // k.shape[1]
@@ -121,6 +124,10 @@ def reference_bwd(
         _like_output(g.unflatten(1, (k.shape[1], G)).sum(2).to(x.dtype))
         for g, x in ((dk, k), (dv, v))
     )
+    if into is not None:
+        for g, out in zip((dq, dk, dv), into, strict=True):
+            out.copy_(g)
+        return into
     return tuple(  # type: ignore[return-value]
         g if need else g.new_empty(0) for g, need in zip((dq, dk, dv), needs, strict=True)
     )
@@ -203,14 +210,17 @@ def cpu_bwd(
     dlse: torch.Tensor | None,
     *rest: Any,
 ) -> Tensors3:
-    """The `cpu` backend of the backward op."""
-    *options, needs = rest
+    """The `cpu` backend of the backward op; see `reference_bwd`."""
+    *options, needs, into = rest
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     B, H, T, D = q.shape
     empty = q.new_empty(0)
-    dq = empty_output(q) if needs[0] else empty
-    dk, dv = (empty_output(k), empty_output(v)) if needs[1] or needs[2] else (empty, empty)
+    if into is not None:
+        dq, dk, dv = into
+    else:
+        dq = empty_output(q) if needs[0] else empty
+        dk, dv = (empty_output(k), empty_output(v)) if needs[1] or needs[2] else (empty, empty)
     nothing = (0, 0, 0, 0)
     backend.extension().attention_bwd(  # type: ignore[union-attr]
         _heads(do),
@@ -299,7 +309,7 @@ def _bwd(
     *rest: Any,
 ) -> Tensors3:
     chosen = OP.choose(q, k, v, dlse, Options(*rest[:-1]))
-    return chosen.bwd(do, q, k, v, o, lse, dlse, *rest)
+    return chosen.bwd(do, q, k, v, o, lse, dlse, *rest, None)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:

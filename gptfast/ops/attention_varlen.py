@@ -77,6 +77,7 @@ def varlen_reference_bwd(
             None if dlse is None else dlse[None, :, rows],
             *own,
             needs,
+            None,
             first_head=b * q.shape[1],
         )
         for grad, own_grad, at, need in zip(grads, part, (rows, keys, keys), needs, strict=True):
