@@ -256,6 +256,21 @@ class Op:
             return f"its tensors must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}"
         return None
 
+    def has_kernel(self, x: torch.Tensor) -> bool:
+        """Whether device and dtype of x let another backend than the reference run."""
+        candidates = self._candidates_for(x, _forced or _environment_backend())
+        return any(backend != "torch" for backend in candidates)
+
+    def _candidates_for(self, x: torch.Tensor, wanted: str) -> tuple[str, ...]:
+        """Backends that device and dtype allow, best first: found out once for each."""
+        key = (wanted, x.device.type, x.dtype)
+        candidates = self._candidates.get(key)
+        if candidates is None:
+            order = ORDER.get(x.device.type, ("torch",)) if wanted == "auto" else (wanted,)
+            candidates = tuple(b for b in order if b == "torch" or self._why_never(b, x) is None)
+            self._candidates[key] = candidates
+        return candidates
+
     def choose(self, x: torch.Tensor, *args: Any) -> Implementation:
         """The implementation that runs this call.
 
@@ -263,13 +278,7 @@ class Op:
             RuntimeError: a backend is forced and refuses.
         """
         wanted = _forced or _environment_backend()
-        key = (wanted, x.device.type, x.dtype)
-        candidates = self._candidates.get(key)
-        if candidates is None:  # what device and dtype decide is found out once
-            order = ORDER.get(x.device.type, ("torch",)) if wanted == "auto" else (wanted,)
-            candidates = tuple(b for b in order if b == "torch" or self._why_never(b, x) is None)
-            self._candidates[key] = candidates
-        for backend in candidates:
+        for backend in self._candidates_for(x, wanted):
             implementation = self.implementations[backend]
             if implementation.why_not is None or implementation.why_not(x, *args) is None:
                 return implementation

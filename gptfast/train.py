@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -37,6 +38,8 @@ from gptfast.data import Dataset, read_text, resolve_source
 from gptfast.generate import generate_text, pick_device
 from gptfast.memory import keep_freed_memory
 from gptfast.models import GPT, GPTConfig
+from gptfast.ops.adamw import OP as ADAMW
+from gptfast.optim import AdamW
 from gptfast.tokenizer import Tokenizer
 from gptfast.train_config import PRESETS, TrainConfig, changed_settings, read_settings
 from gptfast.train_log import Reporter, RunFolder, perplexity
@@ -132,6 +135,7 @@ class _Trainer:
         else:
             self.model = _load_same(self.resumed_from, model_config, self.dataset.tokenizer, device)
         self.parameters = list(self.model.parameters())
+        self.model.fused_loss = config.fused_loss
         self.optimizer = _optimizer(self.parameters, config)
         # Gradients in float16 underflow unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -208,12 +212,12 @@ class _Trainer:
         for _ in range(config.gradient_accumulation):
             x, y = self._batch("train", self.generator)
             with self._autocast():
-                _, loss = self.forward(x, y)
+                _, loss = self.forward(x, y, loss_only=True)
             # Its share of the step's tokens; all batches have as many.
             loss = loss / config.gradient_accumulation
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        if config.grad_clip > 0:
+        if config.grad_clip > 0 and not isinstance(self.optimizer, AdamW):  # which clips by itself
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
         self.scaler.step(self.optimizer)
@@ -249,7 +253,7 @@ class _Trainer:
         for _ in range(config.eval_iters):
             x, y = self._batch("val", generator)
             with self._autocast():
-                total += self.forward(x, y)[1]
+                total += self.forward(x, y, loss_only=True)[1]
         self.model.train()
         loss = total.item() / config.eval_iters
         self._check_loss("validation", loss)
@@ -259,7 +263,7 @@ class _Trainer:
         self.model.eval()
         with self._autocast():
             loss = validation_loss(
-                self.forward,
+                partial(self.forward, loss_only=True),
                 self.dataset.val,
                 self.config.batch_size,
                 self.config.block_size,
@@ -388,14 +392,18 @@ def _pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, "auto: this GPU has no bfloat16"
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(
+    parameters: list[torch.nn.Parameter], config: TrainConfig
+) -> AdamW | torch.optim.AdamW:
+    """AdamW: ours, which clips as well, where it has a kernel; else PyTorch's fused one."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
-    )
+    settings: Any = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if ADAMW.has_kernel(parameters[0]):
+        return AdamW(groups, **settings, max_norm=config.grad_clip or None)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 def _load_same(path: Path, expected: GPTConfig, tokenizer: Tokenizer, device: torch.device) -> GPT:

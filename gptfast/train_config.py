@@ -95,6 +95,8 @@ class TrainConfig:
     """Of the arithmetic; weights are float32. auto: float32 on a CPU, 16 bits on a GPU."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     """Kernels of gptfast to use; auto takes the best that can run."""
+    fused_loss: Annotated[bool | None, arg(metavar="{True,False}")] = None
+    """Whether training never stores the logits. None is where that is faster: on a GPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
 

@@ -227,6 +227,7 @@ def cross_entropy_bwd_kernel(
     w_sum_ptr,
     lse_ptr,
     dx_ptr,
+    stride_dloss,
     V,
     ignore_index,
     label_smoothing,
@@ -247,8 +248,8 @@ def cross_entropy_bwd_kernel(
         cols = lead + block * BLOCK_V + offs
         at = aligned + block * BLOCK_V + offs
         dx = _block_gradient(
-            dloss_ptr, tl.load(x_ptr + at), target_ptr, w_ptr, w_sum_ptr, lse_ptr, row, cols,
-            offs >= 0, V, ignore_index, label_smoothing, z_loss, softcap,
+            dloss_ptr + row * stride_dloss, tl.load(x_ptr + at), target_ptr, w_ptr, w_sum_ptr,
+            lse_ptr, row, cols, offs >= 0, V, ignore_index, label_smoothing, z_loss, softcap,
             HAS_W, SMOOTH, HAS_SOFTCAP,
         )  # fmt: skip
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty))
@@ -256,9 +257,9 @@ def cross_entropy_bwd_kernel(
         cols, mask = _left_over((block - whole) * BLOCK_V, lead, whole, V, BLOCK_V)
         at = row * V + cols
         dx = _block_gradient(
-            dloss_ptr, tl.load(x_ptr + at, mask=mask, other=0.0), target_ptr, w_ptr, w_sum_ptr,
-            lse_ptr, row, cols, mask, V, ignore_index, label_smoothing, z_loss, softcap,
-            HAS_W, SMOOTH, HAS_SOFTCAP,
+            dloss_ptr + row * stride_dloss, tl.load(x_ptr + at, mask=mask, other=0.0), target_ptr,
+            w_ptr, w_sum_ptr, lse_ptr, row, cols, mask, V, ignore_index, label_smoothing, z_loss,
+            softcap, HAS_W, SMOOTH, HAS_SOFTCAP,
         )  # fmt: skip
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -293,7 +294,7 @@ def _block_gradient(
             w_sum = tl.load(w_sum_ptr)
     is_target = cols == tl.where(known, t, -1).to(tl.int32)
     dx = logit_gradient(
-        x.to(tl.float32), is_target, tl.load(dloss_ptr + row), tl.load(lse_ptr + row), w_t, w,
+        x.to(tl.float32), is_target, tl.load(dloss_ptr), tl.load(lse_ptr + row), w_t, w,
         w_sum, V, label_smoothing, z_loss, softcap, HAS_W, SMOOTH, HAS_SOFTCAP,
     )  # fmt: skip
     return tl.where(t == ignore_index, 0.0, dx)
@@ -371,13 +372,14 @@ def cross_entropy_bwd(
     if x.numel():
         config = pick_config(V, target_of(x.device))
         cross_entropy_bwd_kernel[(M, triton.cdiv(V, config.block_v))](
-            dloss.contiguous(),
+            dloss,
             x,
             target.contiguous(),
             None if weight is None else weight.contiguous(),
             weight_sum(weight, label_smoothing),
             lse.contiguous(),
             dx,
+            dloss.stride(0),  # 0 where it is the gradient of a mean
             V,
             ignore_index,
             label_smoothing,

@@ -257,6 +257,7 @@ def linear_cross_entropy_dlogits_kernel(
     lse_ptr,
     d_ptr,
     db_partial_ptr,
+    stride_dloss,
     M,
     V,
     C,
@@ -297,7 +298,7 @@ def linear_cross_entropy_dlogits_kernel(
             w = tl.load(class_weight_ptr + cols).to(tl.float32)[None, :]
             w_sum = tl.load(w_sum_ptr)
     d = logit_gradient(
-        x, cols[None, :] == t[:, None], tl.load(dloss_ptr + rows)[:, None],
+        x, cols[None, :] == t[:, None], tl.load(dloss_ptr + rows * stride_dloss)[:, None],
         tl.load(lse_ptr + rows)[:, None], w_t, w, w_sum, V, label_smoothing, z_loss, softcap,
         HAS_W, SMOOTH, HAS_SOFTCAP,
     )  # fmt: skip
@@ -460,7 +461,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `triton` backend of `gptfast::linear_cross_entropy_bwd`."""
     x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
-    dloss, lse = dloss.contiguous(), lse.contiguous()
+    lse = lse.contiguous()
     b = None if b is None else b.contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
     (M, C), V = x.shape, w.shape[0]
@@ -492,6 +493,7 @@ def linear_cross_entropy_bwd(
             lse,
             d,
             db_partial,
+            dloss.stride(0),  # 0 where it is the gradient of a mean
             M,
             V,
             C,

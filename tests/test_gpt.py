@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import gptfast
 from benchmarks.stock_gpt import StockGPT
-from gptfast.models import GPT, GPTConfig
+from gptfast.models import GPT, GPTConfig, gpt
 from gptfast.testing import assert_close_in_norm
 
 SMALL = GPTConfig(block_size=40, vocab_size=67, n_layer=3, n_head=4, n_embd=48)
@@ -75,6 +76,34 @@ def test_logits_loss_and_gradients_on_the_cpu_backend():
             assert_close_in_norm(f"{name} on {backend}", value, peer[name], exact[name])
 
 
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_the_loss_alone(fused, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(SMALL, fused_loss=fused)
+    x, y = batch()
+    y[0, :5] = -100
+    double = copy.deepcopy(model).double()
+    peer, exact = (results(m, x, y) for m in (copy.deepcopy(model), double))
+    calls = []
+    for name in ("cross_entropy", "linear_cross_entropy"):
+        op = getattr(gptfast, name)
+
+        def call(*args, name=name, op=op):
+            calls.append(name)
+            return op(*args)
+
+        monkeypatch.setattr(gpt, name, call)
+    logits, loss = model(x, y, loss_only=True)
+    assert logits is None
+    loss.backward()
+    assert calls == ["linear_cross_entropy" if fused else "cross_entropy"]  # None: on a CPU
+    got = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    for name, value in got.items():
+        assert_close_in_norm(name, value, peer[name], exact[name])
+    with pytest.raises(ValueError, match="GPT: the loss needs targets, got None"):
+        model(x, loss_only=True)
+
+
 def test_ten_steps_give_the_same_losses():
     x, y = batch()
     losses = {}
@@ -131,6 +160,8 @@ def test_compiles_without_a_graph_break():
     loss.backward()
     got = {"logits": logits, "loss": loss, **{n: p.grad for n, p in model.named_parameters()}}
     torch.testing.assert_close(got, expected)  # the same kernels, in the same order
+    model.fused_loss = True
+    torch.testing.assert_close(compiled(x, y, loss_only=True)[1], expected["loss"])
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,16 @@ import numpy as np
 import pytest
 import torch
 
-from gptfast import checkpoint, train_log
+import gptfast.train
+from gptfast import backend, checkpoint, train_log
 from gptfast.data import Dataset, prepare_text
 from gptfast.models import GPT, GPTConfig
+from gptfast.optim import AdamW
 from gptfast.train import (
     PRESETS,
     TrainConfig,
     _optimizer,
+    _Trainer,
     read_settings,
     train,
     validation_loss,
@@ -131,7 +134,20 @@ def test_the_loss_falls_and_the_folder_is_complete(config):
     assert loaded.model.config == config.model_config(loaded.tokenizer.vocab_size)
 
 
-def test_a_run_is_the_plain_loop(config):
+@pytest.fixture
+def our_adamw(monkeypatch, request):
+    """Whether runs take `gptfast.optim.AdamW` (on the reference), as where it has a kernel."""
+    monkeypatch.setattr(backend.Op, "has_kernel", lambda op, x: request.param)
+    kinds = []
+    monkeypatch.setattr(
+        gptfast.train, "_optimizer", lambda *args: kinds.append(_optimizer(*args)) or kinds[-1]
+    )
+    yield request.param
+    assert {isinstance(kind, AdamW) for kind in kinds} == {request.param}
+
+
+@pytest.mark.parametrize("our_adamw", [False, True], indirect=True)
+def test_a_run_is_the_plain_loop(config, our_adamw):
     config = change(config, max_iters=8, gradient_accumulation=2, bias=True, grad_clip=0.5)
     result = train(config, quiet=True)
 
@@ -347,8 +363,14 @@ def test_quiet(config, capsys):
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "gradient_accumulation": 2}])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_and_resume_is_bit_identical(config, tmp_path, monkeypatch, capsys, options, number):
+@pytest.mark.parametrize(
+    ("number", "our_adamw"),
+    [(signal.SIGTERM, False), (signal.SIGINT, True)],
+    indirect=["our_adamw"],
+)
+def test_stop_and_resume_is_bit_identical(
+    config, tmp_path, monkeypatch, capsys, options, number, our_adamw
+):
     config = change(config, **options, log_interval=2)
     whole = change(config, out=str(tmp_path / "whole"))
     train(whole, quiet=True)
@@ -577,14 +599,15 @@ def test_a_loss_that_is_no_number(config, log_interval):
 
 def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
     config = change(config, checkpoint_interval=1, max_iters=3)
-    clip = torch.nn.utils.clip_grad_norm_
+    update = _Trainer._update
 
-    def poison(parameters, *args):
-        if os.path.exists(os.path.join(config.out, "step_000001")):
-            parameters[0].grad.fill_(math.nan)
-        return clip(parameters, *args)
+    def poison(trainer):
+        loss = update(trainer)
+        if trainer.step == 1:
+            trainer.parameters[0].detach().fill_(math.nan)
+        return loss
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    monkeypatch.setattr(_Trainer, "_update", poison)
     with pytest.raises(FloatingPointError, match=r"is not finite at step 2.*000001"):
         train(config, quiet=True)
 

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gptfast.nn import CausalSelfAttention, KVCache, LayerNorm
-from gptfast.ops import add_layer_norm, bias_gelu, cross_entropy, gelu
+from gptfast.ops import add_layer_norm, bias_gelu, cross_entropy, gelu, linear_cross_entropy
+from gptfast.ops.linear_cross_entropy import is_faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,14 @@ class GPT(nn.Module):
 
     Args:
         config: sizes; `GPTConfig.preset("gpt2")` for the published ones.
+        fused_loss: whether `loss_only` takes the loss from `linear_cross_entropy`, which never
+            stores the logits. None: where that is faster.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, fused_loss: bool | None = None) -> None:
         super().__init__()
         self.config = config
+        self.fused_loss = fused_loss
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -186,28 +190,36 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         targets: torch.Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        *,
+        loss_only: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits of the next token at every position, and the loss where targets are given.
 
         Args:
             idx: (B, T) int64 tokens in [0, V).
             targets: (B, T) int64 tokens; -100 is ignored.
             cache: keys and values of the tokens before idx; it is extended by idx.
+            loss_only: whether the loss is all that is wanted: see `fused_loss`.
 
         Returns:
-            logits (B, T, V), or (B, 1, V) of the last position when a cache is given; and the mean
-            cross-entropy, a float32 scalar, or None.
+            logits (B, T, V), or (B, 1, V) of the last position when a cache is given, or None with
+            loss_only; and the mean cross-entropy, a float32 scalar, or None.
 
         Raises:
-            ValueError: idx is not (B, T), is empty, or is longer than block_size allows.
+            ValueError: idx is not (B, T), is empty, or is longer than block_size allows; or the
+                loss alone is wanted of no targets.
             IndexError: a token outside [0, V) (on a CPU, when not compiled).
         """
         self._check(idx, cache)
+        if loss_only and targets is None:
+            raise ValueError("GPT: the loss needs targets, got None")
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
-        position = torch.arange(start, start + T, device=idx.device)
         t: Any = self.transformer
-        x = t["drop"](t["wte"](idx) + t["wpe"](position))
+        positions = t["wpe"].weight
+        if idx.shape[1] < self.config.block_size:  # else the gradient needs no copy
+            positions = positions[start : start + T]
+        x = t["drop"](t["wte"](idx) + positions)
         y = t["h"][0].ln_1(x)
         norms = [*(block.ln_1 for block in t["h"]), t["ln_f"]]
         for layer, block in enumerate(t["h"]):
@@ -215,6 +227,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
             y = y[:, -1:]
+        if loss_only and targets is not None:
+            if is_faster(y) if self.fused_loss is None else self.fused_loss:
+                return None, linear_cross_entropy(y, self.lm_head.weight, targets)
+            return None, cross_entropy(F.linear(y, self.lm_head.weight), targets)
         logits = F.linear(y, self.lm_head.weight)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
