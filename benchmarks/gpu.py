@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch._functorch.config
 import tyro
 from rich.console import Console
 from rich.table import Table

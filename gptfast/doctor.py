@@ -39,6 +39,7 @@ PACKAGES = ("torch", "numpy", "triton", "safetensors", "tiktoken")
 # Shapes of what an op's `choose` is given; (M, N) where none is named.
 EXAMPLES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "attention": ((1, 1, 4, 64),) * 3,
+    "attention_decode": ((1, 1, 4, 64),) * 3,
     "attention_qkv": ((1, 4, 3 * 64),),
     "attention_varlen": ((4, 1, 64),) * 3,
 }

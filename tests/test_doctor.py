@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gptfast
+from benchmarks.static_report.calls import triton_takes_cpu_tensors
 from gptfast import backend, testing
 from gptfast.cli import main
 from gptfast.doctor import doctor, examine, run_selftest
@@ -111,6 +112,12 @@ def test_the_first_fallback_warns_once(without_extension):
     assert len(caught) == 1
     with gptfast.use_backend("torch"):
         assert torch.equal(y, gptfast.gelu(gptfast.gelu(x)))
+
+
+def test_kernels_for_gpus_are_asked_with_what_they_look_at():
+    with triton_takes_cpu_tensors():
+        choices = [choice for choice in examine()["ops"] if choice["dtype"] != "float64"]
+    assert not [choice["op"] for choice in choices if "triton" in choice["refused"]]
 
 
 def test_the_selftest_runs_each_combination_at_least_once():

@@ -35,6 +35,12 @@ def _inputs(case: Case, dtype: torch.dtype, draw: Any) -> dict[str, Any]:
     }
 
 
+def _peer(i: Inputs, options: Options) -> torch.Tensor:
+    if not i["weight"].shape[1]:  # on a GPU, backward of F.embedding accesses memory illegally
+        return i["weight"][i["idx"].long()]
+    return F.embedding(i["idx"], i["weight"], options.get("padding_idx"))
+
+
 def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
     idx, weight = i["idx"].reshape(-1), i["weight"]
     hit = F.one_hot(idx.long(), weight.shape[0]).to(dy)
@@ -79,7 +85,7 @@ def _cases() -> Iterator[Case]:
 ROW = OpRow(
     inputs=_inputs,
     call=lambda i, o: embedding(i["idx"], i["weight"], o.get("padding_idx")),
-    peer=lambda i, o: F.embedding(i["idx"], i["weight"], o.get("padding_idx")),
+    peer=_peer,
     magnitudes=_magnitudes,
     gradients=("weight",),
     cases=tuple(_cases()),
