@@ -43,13 +43,13 @@ class Config:
 
 
 def pick_config(elements: int) -> Config:
-    """Launch sizes for so many elements in all tensors.
+    """Launch sizes for so many elements in all tensors; not tunable, as it decides a sum's order.
 
     A block gives each of 128 threads 8 elements: two loads of 128 bits from each fp32 tensor. The
-    chunk is a function of the size alone, since the order in which the norm is summed must not
-    depend on the card. Its aim is 4096 programs, two waves of the 2112 that fit on 132
-    multiprocessors; it ends at 65536 elements, by when the tables are a thousandth of the traffic,
-    and 8e9 parameters still leave only 122,000 partial sums to the one program that adds them up.
+    chunk is a function of the size alone, since the norm must not depend on the card. Its aim is
+    4096 programs, two waves of the 2112 that fit on 132 multiprocessors; it ends at 65536 elements,
+    by when the tables are a thousandth of the traffic, and 8e9 parameters still leave only 122,000
+    partial sums to the one program that adds them up.
     """
     block = 1024
     chunk = min(max(triton.next_power_of_2(elements // 4096 + 1) // 2, block), 65536)

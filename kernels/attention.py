@@ -29,20 +29,16 @@ import triton
 import triton.language as tl
 
 from gptfast.kernels.philox import dropout_factors
-from gptfast.ops.attention import Options, Tensors3, empty_output
+from gptfast.kernels.precision import fp32_precision
+from gptfast.kernels.tanh import tanh_and_slope
+from gptfast.ops.attention import Options, Tensors3
+from gptfast.ops.layout import empty_output
 from gptfast.ops.philox import dropout_threshold
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# tanh(x) / x = 1 + y (TANH_1 + y (TANH_2 + ...)), y = x^2, for |x| < TANH_SMALL: fitted by least
-# squares in fp64; in fp32 tanh is then off by at most 1.3 units of roundoff.
-TANH_SMALL = tl.constexpr(0.5)
-TANH_1 = tl.constexpr(-0.33333141)
-TANH_2 = tl.constexpr(0.13325821)
-TANH_3 = tl.constexpr(-0.053042162)
-TANH_4 = tl.constexpr(0.017235378)
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,9 @@ MFMA: Tiles = {
     },
 }
 # fp32 at full precision: NVIDIA multiplies it outside the matrix units, with both operands in
-# registers (see `_precision`). Small tiles, the same everywhere.
+# registers. Small tiles, the same everywhere. Not "tf32x3", which splits every operand: dk and dv
+# at a head dim of 128 then spill on sm_90 even with tiles of 16 x 16, where "ieee" takes 16 x 32
+# with 128 registers.
 FP32: Tiles = {
     "fwd": {
         16: ((32, 32, 4, 2), (32, 32, 4, 2)),
@@ -301,17 +299,6 @@ def _visible(i, j, T, S, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.cons
 
 
 @triton.jit
-def _tanh(x):
-    """tanh(x) and its slope 1 / cosh^2(x), both to a few units of roundoff however small."""
-    e = tl.exp2(tl.abs(x) * (LOG2E * -2))
-    r = 1 / (1 + e)
-    large = tl.where(x < 0, e - 1, 1 - e) * r
-    y = x * x
-    small = x + x * y * (TANH_1 + y * (TANH_2 + y * (TANH_3 + y * TANH_4)))
-    return tl.where(tl.abs(x) < TANH_SMALL, small, large), 4 * e * r * r
-
-
-@triton.jit
 def _scores(
     a,
     b,
@@ -333,7 +320,7 @@ def _scores(
     x = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     damping = 1.0
     if HAS_SOFTCAP:
-        s, damping = _tanh(x * (scale / softcap))
+        s, damping = tanh_and_slope(x * (scale / softcap))
         s *= softcap * LOG2E
     else:
         s = x * (scale * LOG2E)
@@ -723,15 +710,6 @@ class _Sequences(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None
 
 
-def _precision() -> str:
-    """How products of fp32 are taken.
-
-    Not "tf32x3", which splits every operand in registers: dk and dv at a head dim of 128 then spill
-    on sm_90 even with tiles of 16 x 16, where "ieee" takes 16 x 32 with 128 registers.
-    """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _launch(
     kernel: Any,
     name: str,
@@ -794,7 +772,7 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_D=_block_d(D),
         BLOCK_DV=_block_d(Dv),
-        PRECISION=_precision(),
+        PRECISION=fp32_precision(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -26,9 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.kernels.attention import LN2, _block_d, _precision, _scores
-from gptfast.ops.attention import empty_output, unit_stride
+from gptfast.kernels.attention import LN2, _block_d, _scores
+from gptfast.kernels.precision import fp32_precision
 from gptfast.ops.attention_decode import capacity
+from gptfast.ops.layout import empty_output, unit_stride
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
 
@@ -103,7 +104,7 @@ def _precision_of(D: int, Dv: int, target: Target) -> str:
     longer than reading the cache. Of the widest heads the queries, split in two TF32 terms, would
     take all registers of every warp.
     """
-    precision = _precision()
+    precision = fp32_precision()
     splits = precision == "ieee" and target.platform == "cuda" and max(D, Dv) <= 128
     return "tf32x3" if splits else precision
 

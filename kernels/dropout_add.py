@@ -16,6 +16,8 @@ import triton.language as tl
 from gptfast.kernels.layer_norm import as_rows
 from gptfast.kernels.philox import dropout_factors
 from gptfast.ops.philox import dropout_threshold
+from gptfast.targets import Target, target_of
+from gptfast.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Config:
     num_warps: int
 
 
-def pick_config(M: int, N: int) -> Config:
-    """Tiles for M rows of N columns.
+@tunable
+def pick_config(N: int, target: Target) -> Config:
+    """Tiles for rows of N columns.
 
     1024 columns at most: 128 threads with 8 elements each, which are one 128-bit load in half
     precision and one call of the generator. Narrower rows come several at a time.
@@ -84,7 +87,7 @@ def _launch(
         x = as_rows(x)
         residual = None if residual is None else as_rows(residual)
         M, N = x.shape
-        config = pick_config(M, N)
+        config = pick_config(N, target_of(x.device))
         grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
         dropout_add_kernel[grid](
             x,

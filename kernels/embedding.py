@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.ops.attention import unit_stride
 from gptfast.ops.embedding import check_tokens
+from gptfast.ops.layout import unit_stride
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
 

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from gptfast.kernels.attention import _block_d
 from gptfast.kernels.attention_decode import cache_rows
-from gptfast.ops.attention import unit_stride
 from gptfast.ops.attention_decode import capacity
+from gptfast.ops.layout import unit_stride
 
 # Elements of k and of v a program: with 4 warps two 128-bit loads of bf16 a thread.
 BLOCK = 2048

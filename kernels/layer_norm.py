@@ -28,6 +28,7 @@ import triton.language as tl
 from gptfast.kernels.philox import dropout_factors
 from gptfast.ops.philox import dropout_threshold
 from gptfast.targets import Target, target_of
+from gptfast.tuning import tunable
 
 # Columns that a program holds in registers. With 1024 threads each has 64 registers: 16 elements of
 # r and what the sums over a row need just fit. In backward each of 512 threads has 128 for its 16
@@ -49,6 +50,7 @@ class Config:
     programs: int  # of backward: rows of `partial`
 
 
+@tunable
 def pick_config(
     M: int, N: int, itemsize: int, target: Target, sums: int | None = None, read: int = 0
 ) -> Config:

@@ -39,6 +39,7 @@ from gptfast.kernels.cross_entropy import (
     softcapped,
     weight_sum,
 )
+from gptfast.kernels.precision import fp32_precision
 from gptfast.ops.cross_entropy import check_targets
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
@@ -366,17 +367,13 @@ def _load_k(ptrs, mask, EVEN: tl.constexpr):
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _tile_constants(C: int, config: Config) -> dict[str, int | bool | str]:
     return {
         "EVEN_C": C % config.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_V": config.block_n,
         "BLOCK_C": config.block_k,
-        "PRECISION": _precision(),
+        "PRECISION": fp32_precision(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -546,7 +543,7 @@ def _product(
         BLOCK_R=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PRECISION=_precision(),
+        PRECISION=fp32_precision(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gptfast.ops.attention import empty_output, unit_stride
+from gptfast.ops.layout import empty_output, unit_stride
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
 

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 import gptfast
+from gptfast import nn
 
 
 def test_a_default_device_does_not_reach_the_kernels():
@@ -67,7 +68,7 @@ def test_a_negative_view_keeps_its_sign():
 
 
 def test_layer_norm_module_checks_its_width():
-    module = gptfast.nn.LayerNorm(8, elementwise_affine=False)
+    module = nn.LayerNorm(8, elementwise_affine=False)
     with pytest.raises(ValueError, match=r"x must end in \(8,\), got \(2, 16\)"):
         module(torch.randn(2, 16))
 
@@ -89,7 +90,7 @@ def test_the_reference_is_contiguous_too():
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
 def test_attention_module_takes_nothing(shape):
-    assert gptfast.nn.CausalSelfAttention(8, 2)(torch.randn(shape)).shape == shape
+    assert nn.CausalSelfAttention(8, 2)(torch.randn(shape)).shape == shape
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 import torch
 
 from gptfast import backend
+from gptfast.ops.layout import empty_output, unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
     check_floating,
-    check_shape,
     define,
     statistics_dtype,
 )
-from gptfast.ops.philox import dropout_factors, dropout_threshold
+from gptfast.ops.philox import checked_seed, dropout_factors, dropout_threshold
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -168,15 +168,6 @@ def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
 
 
-def empty_output(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
-    """As x, (B, H, T, D), lying in memory as (B, T, H, D): merging the heads then copies nothing.
-
-    D: if not that of x.
-    """
-    B, H, T, _ = x.shape
-    return x.new_empty(B, T, H, x.shape[-1] if D is None else D).transpose(1, 2)
-
-
 def _like_output(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -243,11 +234,6 @@ def _cpu_options(*options: Any) -> tuple[bool, float, int, int]:
     given = Options(*options)
     seed = 0 if given.seed is None else int(given.seed)
     return given.right == 0, given.scale, dropout_threshold(given.dropout_p), seed
-
-
-def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x with a contiguous last dimension, the only one whose stride kernels do not take."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -479,28 +465,21 @@ def make_options(
         ValueError: an option outside its range.
         RuntimeError: seed or slopes on another device.
     """
-    if seed is not None and (not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64):
-        given = seed.dtype if isinstance(seed, torch.Tensor) else type(seed).__name__
-        raise TypeError(f"{op}: seed must be an int64 scalar tensor, got {given}")
-    check_shape(op, "seed", seed, ())
+    seed = checked_seed(op, seed, dropout_p, q.device)
     if alibi_slopes is not None:
         check_dtypes(op, torch.float32, alibi_slopes=alibi_slopes)
         H = q.shape[1]
         shape = tuple(alibi_slopes.shape)
         if shape not in ((H,), (B, H)):
             raise ValueError(f"{op}: alibi_slopes must be ({H},) or ({B}, {H}), got {shape}")
-    check_device(op, q.device, seed=seed, alibi_slopes=alibi_slopes)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_device(op, q.device, alibi_slopes=alibi_slopes)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
     if window is not None and (len(window) != 2 or min(window) < -1):
         raise ValueError(f"{op}: window must be (left, right), each at least -1, got {window}")
     left, right = (-1, -1) if window is None else window
-    if dropout_p > 0 and seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     return Options(
-        seed if dropout_p > 0 else None,
+        seed,
         alibi_slopes,
         1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         left,

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import empty_output, make_options, why_not_triton
+from gptfast.ops.attention import make_options, why_not_triton
+from gptfast.ops.layout import empty_output
 from gptfast.ops.library import (
     check_device,
     check_dtypes,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import unit_stride
 from gptfast.ops.gelu import check_approximate, gelu_phi, gelu_slope
+from gptfast.ops.layout import unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,

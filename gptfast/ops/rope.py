@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import empty_output
+from gptfast.ops.layout import empty_output
 from gptfast.ops.library import (
     check_device,
     check_dtypes,

@@ -1,0 +1,19 @@
+"""How tensors lie in memory: what kernels ask of their inputs, and give to their results."""
+
+from __future__ import annotations
+
+import torch
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with a contiguous last dimension, the only one whose stride kernels do not take."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_output(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
+    """As x, (B, H, T, D), lying in memory as (B, T, H, D): merging the heads then copies nothing.
+
+    D: if not that of x.
+    """
+    B, H, T, _ = x.shape
+    return x.new_empty(B, T, H, x.shape[-1] if D is None else D).transpose(1, 2)
