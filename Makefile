@@ -38,7 +38,8 @@ test-slow: venv ## all tests
 	$(BIN)/python -m pytest
 
 gpu: venv ## on a GPU: every kernel on all cases, and what can be tested nowhere else; ten minutes at most
-	$(BIN)/python -m pytest -m gpu --numprocesses=8 --dist=loadgroup
+	$(BIN)/python -m pytest -m gpu -k "not offsets" --numprocesses=8
+	$(BIN)/python -m pytest -m gpu -k offsets tests/test_gpu.py
 
 cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolkit's headers)
 	$(BIN)/python -m pytest tests/test_cuda_host.py

@@ -201,7 +201,6 @@ def test_training_steps_without_a_wait():
 
 LARGE = 2**31 + 2**24  # elements of a tensor, here of bf16: 4.3 GB
 ROOM = 45 * 2**30  # bytes: up to eight such tensors, and what is computed for a comparison
-large = pytest.mark.xdist_group("large")  # one at a time
 
 
 def random(*shape, dtype=torch.bfloat16):
@@ -249,7 +248,6 @@ def judge_rows(function, peer, tensors, dy, rows=8):
     return grads
 
 
-@large
 def test_offsets_of_elementwise_ops(memory):
     x, dy = random(LARGE // 4096, 4096), random(LARGE // 4096, 4096)
     judge_rows(lambda x: gptfast.gelu(x, "tanh"), lambda x: F.gelu(x, approximate="tanh"), [x], dy)
@@ -260,7 +258,6 @@ def test_offsets_of_elementwise_ops(memory):
     judge_rows(lambda x: gptfast.bias_gelu(x, bias, "none"), erf, [x.detach()], dy)
 
 
-@large
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_offsets_of_norms(memory, name):
     N = 4096
@@ -279,7 +276,6 @@ def test_offsets_of_norms(memory, name):
     torch.testing.assert_close(dw.double(), exact, rtol=2.0**-8, atol=1.0)
 
 
-@large
 @pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm", "dropout_add"])
 def test_offsets_of_sums(memory, name):
     M, N, p = LARGE // 4096, 4096, 0.25
@@ -309,7 +305,6 @@ def test_offsets_of_sums(memory, name):
             torch.testing.assert_close(got[part].double(), want, rtol=2e-2, atol=2e-2)
 
 
-@large
 @pytest.mark.parametrize("inplace", [False, True])
 def test_offsets_of_cross_entropy(memory, inplace):
     V = 50257
@@ -328,7 +323,6 @@ def test_offsets_of_cross_entropy(memory, inplace):
         torch.testing.assert_close(dx[part].double(), grad, rtol=1e-2, atol=1e-7)
 
 
-@large
 def test_offsets_of_linear_cross_entropy(memory):
     V, C = 61, 1024
     M = LARGE // C
@@ -345,7 +339,6 @@ def test_offsets_of_linear_cross_entropy(memory):
         torch.testing.assert_close(dx[part].double(), grad, rtol=2e-2, atol=1e-3)
 
 
-@large
 def test_offsets_of_embedding(memory):
     N, few = 2048, 5
     idx = torch.randint(few, (LARGE // N,), device="cuda")
@@ -374,7 +367,6 @@ def test_offsets_of_embedding(memory):
     assert torch.equal(dw.count_nonzero(), dw[idx.unique()].count_nonzero())
 
 
-@large
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_offsets_of_rope(memory, interleaved):
     H, T, D = 32, 2048, 128
@@ -388,7 +380,6 @@ def test_offsets_of_rope(memory, interleaved):
         torch.testing.assert_close(turned[b : b + 1], want, rtol=2e-2, atol=2e-2)
 
 
-@large
 def test_offsets_of_attention_in_many_heads(memory):
     H, T, D = 8, 1024, 64
     B = LARGE // (H * T * D)
@@ -404,7 +395,6 @@ def test_offsets_of_attention_in_many_heads(memory):
             torch.testing.assert_close(got[b].float(), expected[0], rtol=2e-2, atol=2e-2)
 
 
-@large
 def test_offsets_of_attention_in_one_sequence(memory):
     T, D = LARGE // 64, 64
     q, k = random(1, 1, 16, D), random(1, 1, T, D)
@@ -418,7 +408,6 @@ def test_offsets_of_attention_in_one_sequence(memory):
     torch.testing.assert_close(o[:3], packed[1][-3:], rtol=2e-2, atol=2e-2)
 
 
-@large
 def test_offsets_of_caches(memory):
     B, H, D = 64, 32, 64
     S = LARGE // (B * H * D)
@@ -435,7 +424,6 @@ def test_offsets_of_caches(memory):
         torch.testing.assert_close(o[b].float(), want[0], rtol=2e-2, atol=2e-3)
 
 
-@large
 def test_offsets_of_adamw(memory):
     p = torch.nn.Parameter(random(LARGE))
     p.grad = random(LARGE)

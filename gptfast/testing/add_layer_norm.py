@@ -87,7 +87,7 @@ def magnitudes(
     def magnitude(
         name: str, terms: torch.Tensor | float, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> Magnitude:
-        own, condition, length, _ = known[name]
+        own, condition, length, *_ = known[name]
         stored = None if rounded is None else change(rounded[name])
         condition = change(condition + computed[name])
         return Magnitude(change(own + terms), condition, length, stored)

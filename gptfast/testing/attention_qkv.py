@@ -50,8 +50,11 @@ def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magn
 
     def merged(*names: str) -> Magnitude:
         parts = [of[name] for name in names]
-        terms, condition = _merge(*(p.terms for p in parts)), _merge(*(p.condition for p in parts))
-        return Magnitude(terms, condition, max(p.length for p in parts))
+        terms, condition, factors = (
+            _merge(*(getattr(p, field) for p in parts))
+            for field in ("terms", "condition", "factors")
+        )
+        return Magnitude(terms, condition, max(p.length for p in parts), factors=factors)
 
     return {"result": merged("result"), "qkv": merged("q", "k", "v")}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -85,6 +85,7 @@ def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magn
             _pack([part[name].terms for part in parts]),
             _pack([part[name].condition for part in parts]),
             max(part[name].length for part in parts),
+            factors=_pack([cast(torch.Tensor, part[name].factors) for part in parts]),
         )
         for name in parts[0]
     }

@@ -17,12 +17,15 @@ class Magnitude(NamedTuple):
     length: the longest sum on the way.
     stored: how far the element moves, in units of the storage dtype's u, when an intermediate that
         the op returns, too, is rounded to that dtype; None where there is no such thing.
+    factors: sum of the absolute values of what operands of that dtype are multiplied by, where
+        those may be too small for it; None where they are not.
     """
 
     terms: torch.Tensor
     condition: torch.Tensor
     length: int
     stored: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
 
 # exp may flush what is below 2^-126. Added to a probability among the terms, this allows u32 times
@@ -46,6 +49,8 @@ def rounding_bound(
 
         u |exact|  +  u32 (4 + sqrt(length)) (terms + condition)  +  u_storage stored  +  underflow
 
+    where underflow is the smallest step of the result, and that of operands times their factors.
+
     1. One rounding of the result to its own dtype: all that half precision may cost, because
        statistics and sums are fp32.
     2. A sum of n rounded terms errs by u32 sqrt(n) sum |term| with overwhelming probability (Higham
@@ -56,18 +61,21 @@ def rounding_bound(
        cancel is held to a few ulp however small it is, which no norm over the tensor can do.
     3. Only with `storage`: matrix units take operands of that dtype (attention rounds p and ds
        once), so stored is terms; or the magnitude says itself what is stored.
-    4. fp32 below 2^-126 may be flushed; fp16 has steps of 2^-24 there.
+    4. fp32 below 2^-126 may be flushed; fp16 has steps of 2^-24 there, which an operand that is
+       rounded to fp16, as p and ds are, errs by half of, however small it is.
 
     The probability in 2 is that of independent errors. With `equal_terms` every addition of a sum
     rounds the same way, and the root becomes n / 4: the worst case in four lanes.
     """
     u = unit_roundoff(dtype)
     u_arithmetic = min(u, unit_roundoff(torch.float32))
-    terms, condition, n, stored = magnitude
+    terms, condition, n, stored, factors = magnitude
     growth = 4 + (n / 4 if equal_terms else math.sqrt(n))
     bound = u * exact.abs() + u_arithmetic * growth * (terms + condition)
     if storage is not None:
         bound = bound + unit_roundoff(storage) * (terms if stored is None else stored)
+        if factors is not None:
+            bound = bound + unit_roundoff(storage) * torch.finfo(storage).tiny * factors
     return bound + (2.0**-25 if dtype == torch.float16 else 2.0**-126)
 
 
