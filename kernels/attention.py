@@ -53,12 +53,12 @@ class Config:
 
 # BLOCK_D -> (block_m, block_n, num_warps, num_stages) without dropout and with it. Registers
 # decide: of the tiles tried, an entry is the largest for which the compiler (Triton 3.9) spills
-# none. Dropout has its own entries because its counters (four words of Philox for eight scores)
-# need up to 80 registers. Compiled at BLOCK_D columns and at seven eighths of them, whose loads are
-# masked: WGMMA, MMA_SYNC up to 128 on sm_80, TCGEN05 and MFMA of 64, and their forward of 128. At
-# BLOCK_D columns alone: the other 16-bit entries of 128 and 256, some only with dropout. Not yet:
-# TCGEN05 and MFMA of 16 and 32, with tiles of 64's; FP32 but for 64, and of 128, without dropout,
-# the forward and dk and dv.
+# none; where tiles were timed, the fastest of those. Dropout has its own entries because its
+# counters (four words of Philox for eight scores) need up to 80 registers. Compiled at BLOCK_D
+# columns and at seven eighths of them, whose loads are masked: WGMMA, MMA_SYNC up to 128 on sm_80,
+# TCGEN05 and MFMA of 64, and their forward of 128. At BLOCK_D columns alone: the other 16-bit
+# entries of 128 and 256, some only with dropout. Not yet: TCGEN05 and MFMA of 16 and 32, with tiles
+# of 64's; FP32 but for 64, and of 128, without dropout, the forward and dk and dv.
 Tile = tuple[int, int, int, int]
 Tiles = Mapping[str, Mapping[int, tuple[Tile, Tile]]]
 
@@ -88,27 +88,30 @@ MMA_SYNC: Tiles = {
     },
 }
 # wgmma takes operands from shared memory, of which there is plenty; it needs 64 rows for 4 warps.
+# The entries of 64 and 128 without dropout are the fastest of six to nine timed on an H100: two or
+# three programs of 4 warps beside each other on a multiprocessor, one multiplying while another
+# takes exponentials, beat one of 8 warps with larger tiles (backward of 64 columns by 1.6).
 # dk and dv of 64 keys and 256 columns leave no registers for it: there mma.sync takes 32.
 WGMMA: Tiles = {
     "fwd": {
         16: ((128, 64, 4, 3), (128, 64, 4, 3)),
         32: ((128, 64, 4, 3), (128, 64, 8, 3)),
-        64: ((128, 64, 4, 3), (128, 64, 8, 3)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        64: ((64, 64, 4, 3), (128, 64, 8, 3)),
+        128: ((64, 64, 4, 3), (128, 64, 8, 3)),
         256: ((128, 32, 8, 3), (128, 16, 8, 3)),
     },
     "dq": {
         16: ((128, 64, 4, 2), (128, 64, 8, 2)),
         32: ((128, 64, 4, 2), (128, 64, 8, 2)),
-        64: ((128, 64, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2)),
+        64: ((64, 64, 4, 3), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2)),
         256: ((128, 32, 8, 2), (128, 16, 8, 2)),
     },
     "dkdv": {
         16: ((64, 128, 4, 2), (64, 128, 8, 2)),
         32: ((64, 128, 8, 2), (64, 64, 4, 2)),
-        64: ((32, 128, 8, 2), (32, 128, 8, 2)),
-        128: ((32, 128, 8, 2), (16, 128, 8, 2)),
+        64: ((64, 64, 4, 2), (32, 128, 8, 2)),
+        128: ((32, 64, 4, 2), (16, 128, 8, 2)),
         256: ((32, 32, 8, 2), (32, 32, 8, 2)),
     },
 }
