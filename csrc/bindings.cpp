@@ -12,6 +12,7 @@
 
 namespace py = pybind11;
 
+void register_adamw(py::module_& m);
 void register_attention(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_dropout_add(py::module_& m);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
     info["cpu_isas"] = GPTFAST_CPU_ISAS;
     return info;
   });
+  register_adamw(m);
   register_attention(m);
   register_cross_entropy(m);
   register_dropout_add(m);

@@ -73,6 +73,16 @@ inline f32v min(f32v a, f32v b) {
   return a < b ? a : b;
 #endif
 }
+inline f32v sqrt(f32v x) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return _mm512_sqrt_ps(x);
+#elif GPTFAST_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
 inline f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<i32v>(x) & set1_i32(0x7fffffff)); }
 
 inline float reduce_add(f32v v) {

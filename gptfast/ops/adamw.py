@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from gptfast import backend
-from gptfast.ops.library import define, statistics_dtype
+from gptfast.ops.library import define, pointer, statistics_dtype
 
 Tensors = list[torch.Tensor]
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -232,10 +232,54 @@ def _why_not(
     return None
 
 
+# Elements of a chunk on a CPU: large enough for its reads to run ahead, small enough to share out.
+CPU_CHUNK = 65536
+
+
+def cpu_fwd(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    groups: list[int],
+    hyper: list[float],
+    lrs: Tensors,
+    max_norm: float | None,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> torch.Tensor:
+    """The `cpu` backend of the op."""
+    grads = laid_out_alike(params, grads)
+    tables = make_tables(
+        params, grads, exp_avgs, exp_avg_sqs, steps, masters, groups, hyper, lrs, CPU_CHUNK
+    )
+    norm = torch.empty((0,) if max_norm is None else (), dtype=torch.float32)
+    partial = torch.empty(0 if max_norm is None else len(tables.chunks), dtype=torch.float32)
+    scalars = torch.empty(len(params), 8, dtype=torch.float32)
+    backend.extension().adamw(  # type: ignore[union-attr]
+        tables.tensors.data_ptr(),
+        tables.chunks.data_ptr(),
+        tables.hyper.data_ptr(),
+        len(params),
+        len(tables.chunks),
+        CPU_CHUNK,
+        -1.0 if max_norm is None else max_norm,
+        pointer(grad_scale),
+        pointer(found_inf),
+        norm.data_ptr(),
+        partial.data_ptr(),
+        scalars.data_ptr(),
+    )
+    return norm
+
+
 OP = backend.Op(
     "adamw",
     {
         "torch": backend.Implementation(reference_fwd),
+        "cpu": backend.Implementation(cpu_fwd, why_not=_why_not),
         "triton": backend.triton_implementation("adamw", why_not=_why_not, forward_only=True),
     },
     listed=False,  # it writes to lists of tensors: tests/test_adamw.py
