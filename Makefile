@@ -54,6 +54,12 @@ bench-gpu: venv ## on a GPU: times of the ops, and of a training step of GPT-2 1
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python benchmarks/run.py --device cuda --dtype bfloat16
 
+bench-cpu: venv ## every op and GPT-2 on this CPU against PyTorch; JSON=FILE keeps the rows
+	$(BIN)/python -m benchmarks.cpu $(if $(JSON),--json $(JSON))
+
+ceiling: venv ## what this CPU can do at best: bandwidth and arithmetic
+	$(BIN)/python -m benchmarks.ceiling
+
 static: venv ## registers, spills, bytes and matrix instructions of every Triton kernel, with no GPU
 	$(BIN)/python -m benchmarks.static_report --write
 
@@ -75,5 +81,5 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow gpu cuda-host cuda-sanitize bench bench-gpu static launches lint \
-	format clean
+.PHONY: help venv demo test test-slow gpu cuda-host cuda-sanitize bench bench-gpu bench-cpu ceiling \
+	static launches lint format clean

@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 void register_adamw(py::module_& m);
 void register_attention(py::module_& m);
+void register_ceiling_probe(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_dropout_add(py::module_& m);
 void register_gelu(py::module_& m);
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
   });
   register_adamw(m);
   register_attention(m);
+  register_ceiling_probe(m);
   register_cross_entropy(m);
   register_dropout_add(m);
   register_gelu(m);

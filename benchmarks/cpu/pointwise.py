@@ -1,0 +1,99 @@
+"""layer_norm, add_layer_norm, gelu and bias_gelu: works that memory bounds."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+import gptfast
+from benchmarks.ceiling import Sweep
+from benchmarks.cpu.differentiated import built, example_cases
+from benchmarks.cpu.works import Built, Limit, Work
+
+ROWS, CHANNELS = 4096, 768
+
+
+def _limit(elements: int, dtype: torch.dtype, reads: int, writes: int) -> Limit:
+    traffic = Sweep(reads, writes)
+    return Limit(traffic.moved * elements * dtype.itemsize, traffic)
+
+
+def _layer_norm(dtype: torch.dtype, compile: bool) -> Built:
+    x = torch.randn(ROWS, CHANNELS).to(dtype)
+    w, b = torch.randn(2, CHANNELS).to(dtype)
+    n = x.numel()
+    return built(
+        (x, w, b),
+        gptfast.layer_norm,
+        lambda x, w, b: F.layer_norm(x, (CHANNELS,), w, b),
+        {"fwd": _limit(n, dtype, 1, 1), "bwd": _limit(n, dtype, 2, 1)},
+        example_cases("layer_norm"),
+        dtype,
+        compile,
+    )
+
+
+def _add_layer_norm(dtype: torch.dtype, compile: bool) -> Built:
+    x, residual = torch.randn(2, ROWS, CHANNELS).to(dtype)
+    w, b = torch.randn(2, CHANNELS).to(dtype)
+
+    def peer(
+        x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r = residual + x
+        return F.layer_norm(r, (CHANNELS,), w, b), r
+
+    n = x.numel()
+    return built(
+        (x, residual, w, b),
+        gptfast.add_layer_norm,
+        peer,
+        # Both gradients of the sum are the same tensor.
+        {"fwd": _limit(n, dtype, 2, 2), "bwd": _limit(n, dtype, 3, 1)},
+        example_cases("add_layer_norm"),
+        dtype,
+        compile,
+    )
+
+
+def _gelu(dtype: torch.dtype, compile: bool) -> Built:
+    x = torch.randn(ROWS, 4 * CHANNELS).to(dtype)
+    n = x.numel()
+    return built(
+        (x,),
+        gptfast.gelu,
+        lambda x: F.gelu(x, approximate="tanh"),
+        {"fwd": _limit(n, dtype, 1, 1), "bwd": _limit(n, dtype, 2, 1)},
+        example_cases("gelu"),
+        dtype,
+        compile,
+    )
+
+
+def _bias_gelu(dtype: torch.dtype, compile: bool) -> Built:
+    """The peer is GELU alone: PyTorch adds the bias in the linear layer before, for nothing.
+
+    Its backward sums no gradient of the bias either.
+    """
+    x = torch.randn(ROWS, 4 * CHANNELS).to(dtype)
+    bias = torch.randn(4 * CHANNELS).to(dtype)
+    n = x.numel()
+
+    return built(
+        (x, bias),
+        gptfast.bias_gelu,
+        lambda x, bias: F.gelu(x, approximate="tanh"),
+        {"fwd": _limit(n, dtype, 1, 1), "bwd": _limit(n, dtype, 2, 1)},
+        example_cases("bias_gelu"),
+        dtype,
+        compile,
+        reference=lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+    )
+
+
+WORKS = (
+    Work("layer_norm", "layer_norm", f"{ROWS}x{CHANNELS}", _layer_norm),
+    Work("add_layer_norm", "add_layer_norm", f"{ROWS}x{CHANNELS}", _add_layer_norm),
+    Work("gelu", "gelu", f"{ROWS}x{4 * CHANNELS}", _gelu),
+    Work("bias_gelu", "bias_gelu", f"{ROWS}x{4 * CHANNELS}", _bias_gelu),
+)
