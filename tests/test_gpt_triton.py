@@ -12,7 +12,7 @@ import gptfast
 from gptfast.models import GPT, GPTConfig
 from gptfast.nn import CausalSelfAttention
 from gptfast.optim import AdamW
-from gptfast.testing import assert_close_in_norm
+from gptfast.testing import assert_close_in_norm, unit_roundoff
 
 HERE = [p for p in PLACES if p.backend == "triton"]
 pytestmark = [
@@ -23,7 +23,14 @@ pytestmark = [
 
 
 def train_step(model, x, y, backend):
-    """Loss, gradients and parameters after one step, by name."""
+    """Losses of the tokens, gradients, and parameters after one step, by name.
+
+    The mean loss and the norm are single numbers, which a peer may hit by luck: they are held
+    against the losses and gradients that they are made of.
+    """
+    with gptfast.use_backend(backend), torch.no_grad():
+        logits = model(x)[0]
+        losses = gptfast.cross_entropy(logits, y, reduction="none")
     # The first step of AdamW is lr g / (|g| + eps): with its usual eps, weights whose gradient is
     # all rounding error would move by lr either way.
     optimizer = AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1, max_norm=1.0)
@@ -31,7 +38,14 @@ def train_step(model, x, y, backend):
         loss = model(x, y, loss_only=True)[1]
         loss.backward()
         optimizer.step()
-    results = {"loss": loss.detach(), "norm": optimizer.total_norm}
+    # The fused loss does not round its logits: those of half precision move by u.
+    moves = 2 * unit_roundoff(logits.dtype) * logits.abs().max().item()
+    mean = losses.double().sum() / (y != -100).sum()
+    torch.testing.assert_close(loss.detach().double(), mean, rtol=2.0**-20, atol=moves)
+    grads = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    rtol = 2.0**-24 * (4 + grads.numel() ** 0.5)  # see rounding_bound
+    torch.testing.assert_close(optimizer.total_norm.double(), grads.norm(), rtol=rtol, atol=0)
+    results = {"losses": losses}
     for name, p in model.named_parameters():
         results[f"gradient of {name}"] = p.grad
         results[name] = p.detach()
