@@ -37,7 +37,7 @@ test: venv ## the tests, without the slow ones
 test-slow: venv ## all tests
 	$(BIN)/python -m pytest
 
-gpu: venv ## on a GPU: every kernel on all cases, and what can be tested nowhere else; ten minutes at most
+gpu: venv ## on a GPU: every kernel on all cases, and what can be tested nowhere else; some ten minutes
 	$(BIN)/python -m pytest -m gpu -k "not offsets" --numprocesses=8
 	$(BIN)/python -m pytest -m gpu -k offsets tests/test_gpu.py
 

@@ -398,6 +398,29 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table for a page: a line for each pass of a work, every contender in it."""
+    lines = [
+        "| op | shape | pass | gptfast, us | GB/s or TFLOP/s | % of ceiling | best peer, us | "
+        "ratio | others, us |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    works: dict[tuple[str, str, str], list[Row]] = {}
+    for r in rows:
+        works.setdefault((r.op, r.shape, r.pass_), []).append(r)
+    for key, found in works.items():
+        ours, *peers = sorted(found, key=lambda r: (r.contender != OURS, r.median_us))
+        rate = f"{ours.tflop_per_s:.0f} TF" if ours.tflop_per_s else f"{ours.gb_per_s:,.0f}"
+        ratio = f"{ours.ratio_to_best_peer:.2f}"
+        lines.append(
+            f"| {' | '.join(key)} | {ours.median_us:,.1f} | {rate} | {ours.percent_of_ceiling:.0f} "
+            f"| {peers[0].median_us:,.1f} {peers[0].contender} "
+            f"| {ratio if ours.ratio_to_best_peer >= 1 else f'**{ratio}**'} "
+            f"| {', '.join(f'{r.median_us:,.1f} {r.contender}' for r in peers[1:])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(
     json_file: Annotated[
         Path | None, tyro.conf.arg(name="json", help="Also write everything to this file.")
@@ -405,8 +428,14 @@ def main(
     op: Annotated[str, tyro.conf.arg(help="Only ops whose name has this in it.")] = "",
     rounds: Annotated[int, tyro.conf.arg(help="Turns of each contender.")] = 21,
     compile: Annotated[bool, tyro.conf.arg(help="Whether torch.compile takes part.")] = True,
+    show: Annotated[
+        Path | None, tyro.conf.arg(help="Time nothing: print this file of --json as a table.")
+    ] = None,
 ) -> None:
     """Time the ops on this machine's GPU."""
+    if show is not None:
+        print(markdown([Row(**r) for r in json.loads(show.read_text())["rows"]]), end="")
+        return
     if not torch.cuda.is_available():
         raise SystemExit("gpu: there is no GPU that PyTorch can use")
     torch._functorch.config.donated_buffer = False  # backward runs more than once

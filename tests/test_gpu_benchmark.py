@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -79,6 +82,14 @@ def test_rows():
     assert row.percent_of_ceiling == pytest.approx(100 * flops / 2e-6 / 1e15)
     assert row.ratio_to_best_peer == pytest.approx(0.5)
     assert (row.median_us, row.p20_us, row.p80_us) == pytest.approx((2, 1, 3))
+
+
+def test_the_page_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks/results/h100.json").read_text())["rows"]
+    page = (root / "docs/gpu.md").read_text()
+    shown = page.split("-->\n", 1)[1].split("<!-- end -->")[0]
+    assert shown == gpu.markdown([gpu.Row(**row) for row in rows])
 
 
 def test_refuses_without_a_gpu(monkeypatch):
