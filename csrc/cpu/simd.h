@@ -106,9 +106,25 @@ inline float reduce_max(f32v v) {
 
 // ---- Conversions -------------------------------------------------------------------------------
 
-inline f32v from_bits(u16v h, bf16) {
-  return bit_cast<f32v>(__builtin_convertvector(h, u32v) << 16);
+// gcc 12 takes __builtin_convertvector apart where one instruction would do.
+inline u32v widen(u16v h) {
+#if GPTFAST_VECTOR_BYTES == 64
+  return bit_cast<u32v>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)));
+#elif GPTFAST_VECTOR_BYTES == 32
+  return bit_cast<u32v>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, u32v);
+#endif
 }
+inline u16v narrow(u32v v) {  // the low halves
+#if GPTFAST_VECTOR_BYTES == 64
+  return bit_cast<u16v>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, u16v);
+#endif
+}
+
+inline f32v from_bits(u16v h, bf16) { return bit_cast<f32v>(widen(h) << 16); }
 inline u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__) && GPTFAST_VECTOR_BYTES == 64
   return bit_cast<u16v>(_mm512_cvtneps_pbh(v));
@@ -116,7 +132,7 @@ inline u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
   const u32v u = bit_cast<u32v>(v);
   const u32v rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const u32v quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector((v == v) ? rounded : quiet, u16v);
+  return narrow((v == v) ? rounded : quiet);
 #endif
 }
 
