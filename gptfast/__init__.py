@@ -4,6 +4,7 @@ from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.memory import keep_freed_memory
 from gptfast.ops import (
+    QuantizedWeight,
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -12,6 +13,7 @@ from gptfast.ops import (
     attention_varlen,
     bias_gelu,
     cross_entropy,
+    dequantize_weight,
     dropout_add,
     embedding,
     geglu,
@@ -19,6 +21,8 @@ from gptfast.ops import (
     kv_cache_append,
     layer_norm,
     linear_cross_entropy,
+    linear_decode,
+    quantize_weight,
     rms_norm,
     rope,
     rope_cache,
@@ -26,6 +30,7 @@ from gptfast.ops import (
 )
 
 __all__ = [
+    "QuantizedWeight",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
@@ -35,6 +40,7 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "cross_entropy",
+    "dequantize_weight",
     "dropout_add",
     "embedding",
     "geglu",
@@ -43,6 +49,8 @@ __all__ = [
     "kv_cache_append",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_decode",
+    "quantize_weight",
     "rms_norm",
     "rope",
     "rope_cache",

@@ -96,7 +96,7 @@ def log_likelihoods(
                 f"evaluate: a continuation has at most block_size {block_size} tokens, "
                 f"got {len(continuation)} in pair {i}"
             )
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     results: list[Likelihood | None] = [None] * len(pairs)
     with _evaluating(model):
         for batch in _batches([len(c) + len(w) for c, w in pairs], block_size, batch_tokens):

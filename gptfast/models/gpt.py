@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gptfast.nn import CausalSelfAttention, KVCache, LayerNorm
+from gptfast.nn.quantized_linear import QuantizedLinear, product
 from gptfast.ops import add_layer_norm, bias_gelu, cross_entropy, gelu, linear_cross_entropy
 from gptfast.ops.linear_cross_entropy import is_faster
 
@@ -81,9 +81,9 @@ class MLP(nn.Module):
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C), without b_2."""
-        h = F.linear(x, self.c_fc.weight)
+        h = product(self.c_fc, x)
         h = gelu(h) if self.c_fc.bias is None else bias_gelu(h, self.c_fc.bias)
-        return F.linear(h, self.c_proj.weight)
+        return product(self.c_proj, h)
 
 
 class Block(nn.Module):
@@ -174,7 +174,7 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens."""
         c = self.config
-        weight = self.lm_head.weight
+        weight = cast(nn.Embedding, self.transformer["wte"]).weight
         return KVCache(
             c.n_layer,
             batch_size,
@@ -228,10 +228,11 @@ class GPT(nn.Module):
             cache.advance(T)
             y = y[:, -1:]
         if loss_only and targets is not None:
-            if is_faster(y) if self.fused_loss is None else self.fused_loss:
+            fused = is_faster(y) if self.fused_loss is None else self.fused_loss
+            if fused and not isinstance(self.lm_head, QuantizedLinear):
                 return None, linear_cross_entropy(y, self.lm_head.weight, targets)
-            return None, cross_entropy(F.linear(y, self.lm_head.weight), targets)
-        logits = F.linear(y, self.lm_head.weight)
+            return None, cross_entropy(product(self.lm_head, y), targets)
+        logits = product(self.lm_head, y)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
     def _check(self, idx: torch.Tensor, cache: KVCache | None) -> None:

@@ -5,6 +5,7 @@ from gptfast.nn.embedding import Embedding
 from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from gptfast.nn.quantized_linear import QuantizedLinear, quantize
 from gptfast.nn.rms_norm import RMSNorm
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "QuantizedLinear",
     "RMSNorm",
+    "quantize",
 ]

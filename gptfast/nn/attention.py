@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from gptfast.nn.quantized_linear import product
 from gptfast.ops import attention, attention_qkv
 from gptfast.ops.attention_qkv import split_heads
 
@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
 
     def branch(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
         """The output without the last bias and dropout, which `add_layer_norm` can add."""
-        return F.linear(self._attend(x, cache, layer), self.c_proj.weight)
+        return product(self.c_proj, self._attend(x, cache, layer))
 
     def _attend(self, x: torch.Tensor, cache: KVCache | None, layer: int) -> torch.Tensor:
         heads = (self.n_head, self.n_kv_head)

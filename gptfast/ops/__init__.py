@@ -15,10 +15,17 @@ from gptfast.ops.glu import geglu, swiglu
 from gptfast.ops.kv_cache_append import kv_cache_append
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy
+from gptfast.ops.linear_decode import (
+    QuantizedWeight,
+    dequantize_weight,
+    linear_decode,
+    quantize_weight,
+)
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_cache
 
 __all__ = [
+    "QuantizedWeight",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -27,6 +34,7 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "cross_entropy",
+    "dequantize_weight",
     "dropout_add",
     "embedding",
     "geglu",
@@ -34,6 +42,8 @@ __all__ = [
     "kv_cache_append",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_decode",
+    "quantize_weight",
     "rms_norm",
     "rope",
     "rope_cache",

@@ -20,6 +20,7 @@ from gptfast.testing import (
     kv_cache_append,
     layer_norm,
     linear_cross_entropy,
+    linear_decode,
     rms_norm,
     rope,
 )
@@ -41,6 +42,7 @@ OPS: Mapping[str, OpRow] = {
     "kv_cache_append": kv_cache_append.ROW,
     "layer_norm": layer_norm.ROW,
     "linear_cross_entropy": linear_cross_entropy.ROW,
+    "linear_decode": linear_decode.ROW,
     "rms_norm": rms_norm.ROW,
     "rope": rope.ROW,
 }
