@@ -16,6 +16,7 @@ void register_adamw(py::module_& m);
 void register_attention(py::module_& m);
 void register_ceiling_probe(py::module_& m);
 void register_cross_entropy(py::module_& m);
+void register_decode_step(py::module_& m);
 void register_dropout_add(py::module_& m);
 void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   register_attention(m);
   register_ceiling_probe(m);
   register_cross_entropy(m);
+  register_decode_step(m);
   register_dropout_add(m);
   register_gelu(m);
   register_layer_norm(m);

@@ -7,6 +7,9 @@ p. Temperature 0 takes the most likely token.
 The cache holds block_size tokens. When it is full, it starts again from the last block_size // 2
 tokens: positions are absolute, so that keys cannot just move up, and to compute the whole window
 anew for every token would cost block_size times as much.
+
+On a CPU a token goes through `gptfast.decoder` where that can take the model: one call for all of
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from gptfast import decoder
 from gptfast.models import GPT
 from gptfast.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer
 
@@ -57,7 +61,7 @@ def stream(
     """
     if not ids:
         raise ValueError("stream: expected at least one token to continue, got none")
-    idx = torch.tensor([list(ids)], device=model.lm_head.weight.device)
+    idx = torch.tensor([list(ids)], device=next(model.parameters()).device)
     _check(idx, max_new_tokens, temperature, top_k, top_p)
     steps = _steps(model, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
     return _until_stop(steps, stop_tokens)
@@ -199,11 +203,15 @@ def _steps(
     seen = idx[:, -block_size:]
     cache = model.new_cache(idx.shape[0])
     with _evaluating(model):
+        fast = None
+        if decoder.why_not(model, idx.shape[0]) is None:
+            fast = decoder.Decoder(model, cache)
         for _ in range(max_new_tokens):
             if cache.length == block_size:
                 cache.reset()
                 seen = seen[:, -max(1, block_size // 2) :]
-            logits, _ = model(seen[:, cache.length :], cache=cache)
+            new = seen[:, cache.length :]
+            logits = fast(new) if fast and new.shape[1] == 1 else model(new, cache=cache)[0]
             token = _draw(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)
             yield token
             seen = torch.cat([seen, token], dim=1)
