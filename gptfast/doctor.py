@@ -42,6 +42,7 @@ EXAMPLES: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "attention_decode": ((1, 1, 4, 64),) * 3,
     "attention_qkv": ((1, 4, 3 * 64),),
     "attention_varlen": ((4, 1, 64),) * 3,
+    "linear_decode": ((4, 64), (16, 64)),
 }
 DEFAULT_EXAMPLE = ((4, 64),)
 # What the SIMD levels need, as Linux spells it.

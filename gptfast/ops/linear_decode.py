@@ -196,7 +196,7 @@ def cpu_fwd(
 
 
 def why_not_cpu(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """The CPU kernels take weights in fp32, bf16, fp16, int8 and int4."""
+    """Why the CPU kernels cannot take this weight, or None."""
     return None if weight.dtype in FORMAT_CODES else f"its weight is {weight.dtype}"
 
 
