@@ -1,4 +1,4 @@
-"""Decoding on a CPU in one call a token: `csrc/cpu/decode_step.cpp`, and when it can be used.
+"""Decoding on a CPU in one call a step: `csrc/cpu/decode_step.cpp`, and when it can be used.
 
 Where the model is a plain `GPT` on a CPU, a token costs one call from Python and the time that its
 weights take to be read. Everything else goes through the modules, with the same result.
@@ -19,7 +19,7 @@ from gptfast.nn import CausalSelfAttention, KVCache, LayerNorm, QuantizedLinear
 from gptfast.ops.library import check_dtypes, fp32_parameter, pointer
 from gptfast.ops.linear_decode import FORMAT_CODES
 
-MAX_BATCH = 16  # rows of the products in csrc/cpu/linear_decode.h
+MAX_ROWS = 16  # of the products in csrc/cpu/linear_decode.h
 # Bytes of weights for each thread: below, the barriers of a step take longer than they save.
 BYTES_PER_THREAD = 1 << 20
 PLAIN = {
@@ -37,8 +37,8 @@ def why_not(model: nn.Module, batch_size: int) -> str | None:
         return f"backend {backend.forced_backend()!r} is forced"
     if backend.missing("cpu"):
         return backend.missing("cpu")
-    if batch_size > MAX_BATCH:
-        return f"at most {MAX_BATCH} sequences, got {batch_size}"
+    if batch_size > MAX_ROWS:
+        return f"at most {MAX_ROWS} sequences, got {batch_size}"
     if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
         return "ops are being watched"
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
@@ -69,7 +69,7 @@ def _sizes(block: Any) -> tuple[int, ...]:
 
 
 class Decoder:
-    """Next-token logits of a GPT, one token of each sequence at a time.
+    """Next-token logits of a GPT, one token of each sequence at a time, or a few.
 
     Weights are read where the model has them; under autocast on the CPU they are rounded to its
     dtype once, here, instead of in every product. What is not fp32 or not contiguous and has to be,
@@ -118,38 +118,44 @@ class Decoder:
         head = struct.pack("8q", config.n_layer, config.n_embd, *sizes, cache.max_length, threads)
         self._plan = torch.frombuffer(bytearray(head + tail + layers), dtype=torch.int64)
         extension: Any = backend.extension()
-        floats = extension.decode_workspace(self._plan.data_ptr(), self.batch_size)
+        rows = (1, MAX_ROWS)  # a single row has a copy for each thread
+        floats = max(extension.decode_workspace(self._plan.data_ptr(), M) for M in rows)
         # The kernels load whole vectors from it, aligned to 64 bytes.
         workspace = torch.empty(floats + 16)
         self._workspace = workspace[-(workspace.data_ptr() // 4) % 16 :]
         self._step = extension.decode_step
 
+    def takes(self, tokens: int) -> bool:
+        """Whether so many new tokens of each sequence fit into a step."""
+        return 0 < tokens * self.batch_size <= MAX_ROWS
+
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, V), float32, of the token behind idx (B, 1); the cache grows by idx.
+        """Logits (B, 1, V), float32, of the token behind idx (B, T); the cache grows by idx.
 
         Raises:
-            ValueError: the cache is full, or idx is not (B, 1).
+            ValueError: idx does not fit into the cache, or into a step of 16 rows.
             TypeError: idx is not int64.
             IndexError: a token outside the vocabulary.
         """
-        cache = self.cache
-        if cache.length >= cache.max_length:
-            raise ValueError(f"KVCache: room for {cache.max_length} tokens, got {cache.length + 1}")
-        if tuple(idx.shape) != (self.batch_size, 1):
-            expected = (self.batch_size, 1)
+        cache, B = self.cache, self.batch_size
+        if idx.dim() != 2 or idx.shape[0] != B or not self.takes(idx.shape[1]):
+            expected = f"({B}, T), T from 1 to {MAX_ROWS // B}"
             raise ValueError(f"Decoder: idx must be {expected}, got {tuple(idx.shape)}")
         check_dtypes("Decoder", torch.int64, idx=idx)
-        tokens = idx.contiguous()
-        logits = torch.empty(self.batch_size, 1, self._vocab_size)
+        T = idx.shape[1]
+        if cache.length + T > cache.max_length:
+            raise ValueError(f"KVCache: room for {cache.max_length} tokens, got {cache.length + T}")
+        tokens, logits = idx.contiguous(), torch.empty(B, 1, self._vocab_size)
         self._step(
             self._plan.data_ptr(),
             tokens.data_ptr(),
-            self.batch_size,
+            B,
+            T,
             cache.length,
             self._workspace.data_ptr(),
             logits.data_ptr(),
         )
-        cache.advance(1)
+        cache.advance(T)
         return logits
 
     def _address(self, tensor: torch.Tensor | None) -> int:

@@ -82,6 +82,12 @@ def test_logits_are_those_of_the_modules(config, weights, isa):
         assert got.dtype == torch.float32
         assert_close_in_norm(f"logits, B={B}", got, peer, exact)
         assert caches[0].length == config.block_size
+        # In steps of several tokens, too: as many as fit.
+        cache, T = model.new_cache(B), 16 // B
+        through = Decoder(model, cache)
+        several = torch.cat([through(part) for part in idx.split(T, 1)], 1)
+        at = [min(t, config.block_size) - 1 for t in range(T, config.block_size + T, T)]
+        assert_close_in_norm(f"logits, B={B}, T={T}", several, peer[:, at], exact[:, at])
         # Keys and values, too: the modules could go on with this cache.
         for mine, theirs, right in zip(*(c.data.unbind(0) for c in caches), strict=True):
             assert_close_in_norm(f"cache, B={B}", mine, theirs, right)
@@ -140,12 +146,14 @@ def test_autocast_rounds_the_weights_once():
 def test_generate_goes_through_it_and_draws_the_same(weights, monkeypatch):
     model = new_model(CONFIGS["plain"], weights)
     idx = torch.randint(67, (3, 5))
+    assert Decoder(model, model.new_cache(3)).takes(5)
     calls = []
     step = Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda d, x: calls.append(1) or step(d, x))
     got = generate(model, idx, 50, temperature=0)
-    # Prompt and two restarts of the cache of 20 go through the modules.
-    assert len(calls) == 50 - 1 - sum(1 for n in range(5, 55) if n >= 20 and (n - 20) % 10 == 0)
+    # The prompt of 5 tokens fits into a step; the restarts, with 3 x 10, go through the modules.
+    restarts = sum(n >= 20 and (n - 20) % 10 == 0 for n in range(5, 55))
+    assert len(calls) == 50 - restarts
     with gptfast.use_backend("torch"):
         assert torch.equal(got, generate(model, idx, 50, temperature=0))
 
@@ -212,9 +220,12 @@ def test_errors():
     cache = model.new_cache(2, max_length=3)
     step = Decoder(model, cache)
     idx = torch.zeros(2, 1, dtype=torch.int64)
-    for bad in (idx[:1], idx[:, 0], torch.zeros(2, 2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"Decoder: idx must be \(2, 1\), got"):
-            step(bad)
+    for shape in ((1, 1), (2,), (2, 9), (2, 0)):
+        expected = r"Decoder: idx must be \(2, T\), T from 1 to 8, got"
+        with pytest.raises(ValueError, match=expected):
+            step(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="KVCache: room for 3 tokens, got 4"):
+        step(torch.zeros(2, 4, dtype=torch.int64))
     for token in (51, -1, 2**40):
         with pytest.raises(IndexError, match=rf"tokens must be in \[0, 51\), got {token}"):
             step(torch.tensor([[0], [token]]))

@@ -1,4 +1,5 @@
-// One step of decoding: one new token of each of M sequences through a whole GPT, in one call.
+// One step of decoding: T new tokens of each of B sequences, M = B T rows, at most 16, through a whole
+// GPT, in one call.
 //
 //   x = wte[token] + wpe[position]
 //   for each layer:  x += attn(ln_1(x));  x += mlp(ln_2(x))      logits = ln_f(x) W^T
@@ -35,7 +36,7 @@ struct LayerPlan {
   LinearPlan c_attn, attn_proj;
   NormPlan ln_2;
   LinearPlan c_fc, mlp_proj;
-  void *keys, *values;  // (M, H_kv, max_length, D)
+  void *keys, *values;  // (B, H_kv, max_length, D)
 };
 struct ModelPlan {
   int64_t layers, C, H, H_kv, D, V, max_length, threads;
@@ -47,11 +48,12 @@ struct ModelPlan {
 
 }  // namespace gptfast
 
-// plan: a ModelPlan and its LayerPlans behind it. tokens (M), M at most 16; length: tokens in the
-// cache before. workspace holds decode_workspace(plan, M) floats. logits (M, V).
+// plan: a ModelPlan and its LayerPlans behind it. tokens (B, T); length: tokens in the cache before.
+// workspace holds decode_workspace(plan, M) floats for the most rows M that it is used for.
+// logits (B, V) are those of the last tokens.
 DECLARE_KERNEL(decode_workspace, int64_t(const void* plan, int64_t M))
-DECLARE_KERNEL(decode_step, void(const void* plan, const int64_t* tokens, int64_t M, int64_t length,
-                                 float* workspace, float* logits))
+DECLARE_KERNEL(decode_step, void(const void* plan, const int64_t* tokens, int64_t B, int64_t T,
+                                 int64_t length, float* workspace, float* logits))
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
@@ -86,18 +88,20 @@ struct Buffers {
 // One thread of the team.
 class Step {
  public:
-  Step(const ModelPlan& p, const LayerPlan* layers, const int64_t* tokens, int64_t M,
+  Step(const ModelPlan& p, const LayerPlan* layers, const int64_t* tokens, int64_t B, int64_t T,
        int64_t length, float* workspace, float* logits, int64_t thread, int64_t team)
       : p_(p),
         layers_(layers),
         tokens_(tokens),
-        M_(M),
+        B_(B),
+        T_(T),
+        M_(B * T),
         length_(length),
         logits_(logits),
         thread_(thread),
         team_(team),
-        alone_(M == 1) {
-    const Buffers at(p, layers, M);
+        alone_(M_ == 1) {
+    const Buffers at(p, layers, M_);
     float* own = workspace + at.shared_floats + (alone_ ? thread * at.private_floats : 0);
     x_ = own + at.x;
     rows_ = own + at.rows;
@@ -126,7 +130,8 @@ class Step {
       from = branch_;
       bias = layer.mlp_proj.bias;
     }
-    normalise(from, bias, p_.ln_f, p_.head);
+    normalise(from, bias, p_.ln_f, p_.head, T_);
+    M_ = B_;
     product(p_.head, false, Activation::NONE, logits_);
   }
 
@@ -148,21 +153,24 @@ class Step {
     with_dtype(static_cast<DType>(p_.dtype), [&](auto t) {
       using T = decltype(t);
       const T* token = static_cast<const T*>(p_.wte) + tokens_[m] * C;
-      const T* position = static_cast<const T*>(p_.wpe) + length_ * C;
+      const T* position = static_cast<const T*>(p_.wpe) + (length_ + m % T_) * C;
       for_each_vector(C, [&](int64_t j, auto part) {
         part.store(to + j, part.load(token + j) + part.load(position + j));
       });
     });
   }
 
-  // x += from + bias; the operand of the product with `next` becomes norm(x).
-  void normalise(const float* from, const float* bias, const NormPlan& norm,
-                 const LinearPlan& next) {
+  // x += from + bias; the operand of the product with `next` becomes norm(x), of every row, or of the
+  // last one in each `stride`.
+  void normalise(const float* from, const float* bias, const NormPlan& norm, const LinearPlan& next,
+                 int64_t stride = 1) {
     const int64_t C = p_.C;
     const Weight w = as_weight(next);
-    const RowsOfX rows(rows_, M_, C);
+    const RowsOfX rows(rows_, M_ / stride, C);
     for_each_row([&](int64_t m) {
-      float *x = x_ + m * C, *y = rows.x + m * rows.stride();
+      if ((m + 1) % stride) return;
+      const int64_t to = m / stride;
+      float *x = x_ + m * C, *y = rows.x + to * rows.stride();
       f32v sum{};
       for_each_vector(C, [&](int64_t j, auto part) {
         f32v v = part.load(x + j);
@@ -186,7 +194,7 @@ class Step {
         if (norm.b) v += part.load(norm.b + j);
         part.store(y + j, v);
       });
-      prepare_row(w, rows, m);
+      prepare_row(w, rows, to);
     });
     if (!alone_) meet();
   }
@@ -224,7 +232,7 @@ class Step {
   void attend(const LayerPlan& layer) {
     with_dtype(static_cast<DType>(p_.cache_dtype), [&](auto t) {
       using T = decltype(t);
-      const int64_t heads = M_ * p_.H_kv, S = p_.max_length, D = p_.D;
+      const int64_t heads = B_ * p_.H_kv, S = p_.max_length, D = p_.D;
       for (int64_t i = thread_; i < heads; i += team_) {
         T* keys = static_cast<T*>(layer.keys) + i * S * D;
         T* values = static_cast<T*>(layer.values) + i * S * D;
@@ -234,47 +242,56 @@ class Step {
     meet();
   }
 
+  // The new tokens of sequence b and one head of keys: appended, then seen by the queries.
   template <class T>
-  void attend_head(int64_t m, int64_t head, T* keys, T* values) {
-    const int64_t D = p_.D, group = p_.H / p_.H_kv, S = length_ + 1;
-    const float* row = qkv_ + m * (p_.H + 2 * p_.H_kv) * D;
-    const float *k = row + (p_.H + head) * D, *v = k + p_.H_kv * D;
-    for_each_vector(D, [&](int64_t d, auto part) {
-      part.store(keys + length_ * D + d, part.load(k + d));
-      part.store(values + length_ * D + d, part.load(v + d));
-    });
-    const float scale = 1.0f / std::sqrt(static_cast<float>(D));
-    for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-      const float* q = row + h * D;
-      float* o = attended_ + (m * p_.H + h) * D;
-      float top = -std::numeric_limits<float>::infinity();
-      for (int64_t s = 0; s < S; ++s) {
-        f32v dot{};
-        for_each_vector(D, [&](int64_t d, auto part) {
-          dot += part.load(q + d) * part.load(keys + s * D + d);
-        });
-        scores_[s] = reduce_add(dot) * scale;
-        top = std::max(top, scores_[s]);
-      }
-      f32v sum{};
-      for_each_vector(S, [&](int64_t s, auto part) {
-        const f32v weight = part.live(exp(part.load(scores_ + s) - top), f32v{});
-        part.store(scores_ + s, weight);
-        sum += weight;
-      });
-      const float inverse = 1.0f / reduce_add(sum);
+  void attend_head(int64_t b, int64_t head, T* keys, T* values) {
+    const int64_t D = p_.D, group = p_.H / p_.H_kv, width = (p_.H + 2 * p_.H_kv) * D;
+    for (int64_t t = 0; t < T_; ++t) {
+      const float* k = qkv_ + (b * T_ + t) * width + (p_.H + head) * D;
+      const float* v = k + p_.H_kv * D;
+      const int64_t at = (length_ + t) * D;
       for_each_vector(D, [&](int64_t d, auto part) {
-        f32v acc{};
-        for (int64_t s = 0; s < S; ++s) acc += scores_[s] * part.load(values + s * D + d);
-        part.store(o + d, acc * inverse);
+        part.store(keys + at + d, part.load(k + d));
+        part.store(values + at + d, part.load(v + d));
       });
     }
+    for (int64_t m = b * T_; m < (b + 1) * T_; ++m)
+      for (int64_t h = head * group; h < (head + 1) * group; ++h)
+        attend_query(qkv_ + m * width + h * D, keys, values, length_ + m % T_ + 1,
+                     attended_ + (m * p_.H + h) * D);
+  }
+
+  // o = softmax(q k^T / sqrt D) v over S keys.
+  template <class T>
+  void attend_query(const float* q, const T* keys, const T* values, int64_t S, float* o) {
+    const int64_t D = p_.D;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(D));
+    float top = -std::numeric_limits<float>::infinity();
+    for (int64_t s = 0; s < S; ++s) {
+      f32v dot{};
+      for_each_vector(
+          D, [&](int64_t d, auto part) { dot += part.load(q + d) * part.load(keys + s * D + d); });
+      scores_[s] = reduce_add(dot) * scale;
+      top = std::max(top, scores_[s]);
+    }
+    f32v sum{};
+    for_each_vector(S, [&](int64_t s, auto part) {
+      const f32v weight = part.live(exp(part.load(scores_ + s) - top), f32v{});
+      part.store(scores_ + s, weight);
+      sum += weight;
+    });
+    const float inverse = 1.0f / reduce_add(sum);
+    for_each_vector(D, [&](int64_t d, auto part) {
+      f32v acc{};
+      for (int64_t s = 0; s < S; ++s) acc += scores_[s] * part.load(values + s * D + d);
+      part.store(o + d, acc * inverse);
+    });
   }
 
   const ModelPlan& p_;
   const LayerPlan* layers_;
   const int64_t* tokens_;
-  int64_t M_, length_;
+  int64_t B_, T_, M_, length_;
   float* logits_;
   int64_t thread_, team_;
   bool alone_;  // one row, which every thread prepares for itself
@@ -288,18 +305,19 @@ int64_t decode_workspace(const void* plan, int64_t M) {
   return at.shared_floats + (M == 1 ? p.threads : 1) * at.private_floats;
 }
 
-void decode_step(const void* plan, const int64_t* tokens, int64_t M, int64_t length,
+void decode_step(const void* plan, const int64_t* tokens, int64_t B, int64_t T, int64_t length,
                  float* workspace, float* logits) {
   const auto& p = *static_cast<const ModelPlan*>(plan);
   const auto* layers = reinterpret_cast<const LayerPlan*>(&p + 1);
-  for (int64_t m = 0; m < M; ++m)
+  for (int64_t m = 0; m < B * T; ++m)
     if (tokens[m] < 0 || tokens[m] >= p.V)
       throw std::out_of_range("GPT: tokens must be in [0, " + std::to_string(p.V) + "), got " +
                               std::to_string(tokens[m]));
   if (p.threads == 1 || omp_in_parallel())
-    return Step(p, layers, tokens, M, length, workspace, logits, 0, 1).run();
+    return Step(p, layers, tokens, B, T, length, workspace, logits, 0, 1).run();
 #pragma omp parallel num_threads(static_cast<int>(p.threads))
-  Step(p, layers, tokens, M, length, workspace, logits, omp_get_thread_num(), omp_get_num_threads())
+  Step(p, layers, tokens, B, T, length, workspace, logits, omp_get_thread_num(),
+       omp_get_num_threads())
       .run();
 }
 
