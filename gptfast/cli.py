@@ -37,6 +37,7 @@ from gptfast.generate import generate_text, pick_device
 from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
 from gptfast.models import GPT, GPTConfig
 from gptfast.models.gpt import PRESETS as MODEL_PRESETS
+from gptfast.nn import quantize
 from gptfast.plan import make_plan, parse_gpus, parse_tokens, print_plan
 from gptfast.train import PRESETS, TrainConfig, read_settings, train
 
@@ -119,6 +120,8 @@ class Generate:
     """The same seed gives the same text. None: a random one, which is printed."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """String that ends the text and is not printed; may be repeated."""
+    quantize: Annotated[Literal["int8", "int4"] | None, arg(metavar="{int8,int4}")] = None
+    """Round the weights of linear layers: int8 or int4. None: as they are stored."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
@@ -127,6 +130,8 @@ class Generate:
     def run(self) -> int:
         """Print the prompt and what follows, and the speed on standard error."""
         loaded = _load(self.checkpoint, pick_device(self.device))
+        if self.quantize is not None:
+            quantize(loaded.model, self.quantize)
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         pieces = generate_text(
             loaded.model,
@@ -171,6 +176,8 @@ class Evaluate:
     """LAMBADA: JSON lines, or a passage a line; may be .gz or .bz2."""
     limit: Annotated[int | None, arg(metavar="INT")] = None
     """Only so many items of HellaSwag and LAMBADA. None: all."""
+    quantize: Annotated[Literal["int8", "int4"] | None, arg(metavar="{int8,int4}")] = None
+    """Round the weights of linear layers: int8 or int4. None: as they are stored."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -187,6 +194,8 @@ class Evaluate:
         items = [] if self.hellaswag is None else read_hellaswag(self.hellaswag, self.limit)
         passages = [] if self.lambada is None else read_lambada(self.lambada, self.limit)
         loaded = _load(self.checkpoint, pick_device(self.device))
+        if self.quantize is not None:
+            quantize(loaded.model, self.quantize)
         console = Console()
         scores = evaluate(
             loaded.model,

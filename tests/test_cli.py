@@ -214,6 +214,21 @@ def test_greedy(trained, capsys):
     assert greedy == generated(capsys, trained, "--greedy", "--backend=torch", "--device=cpu")
 
 
+def test_quantize(trained, text, tmp_path, capsys):
+    plain = generated(capsys, trained, "--seed=1")
+    losses = {}
+    for format in (None, "int8", "int4"):
+        options = [f"--quantize={format}"] if format else []
+        assert len(generated(capsys, trained, "--seed=1", *options)) == len(plain)
+        file = tmp_path / "scores.json"
+        assert main(["evaluate", trained, "--text=text.txt", f"--json={file}", *options]) == 0
+        capsys.readouterr()
+        losses[format] = json.loads(file.read_text())[0]["value"]
+    assert losses[None] != losses["int8"] != losses["int4"]
+    # Logits of an untrained model lie within 0.1 or so: rounding them moves the loss by far less.
+    assert max(abs(loss - losses[None]) for loss in losses.values()) < 0.02
+
+
 def test_stop(trained, capsys):
     whole = generated(capsys, trained, "--prompt=may", "--seed=1")
     stop = whole[40:43]
