@@ -7,8 +7,10 @@ for a model that computes something else.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +29,18 @@ import gptfast
 from benchmarks.stock_gpt import StockGPT
 from benchmarks.timing import Timing, interleave
 from gptfast.data import Dataset, read_text
+from gptfast.generate import generate
+from gptfast.integrations.huggingface import save_gpt2
 from gptfast.models import GPT, GPTConfig
+from gptfast.nn import quantize
 
 OURS = "gptfast"
 OURS_COMPILED = "gptfast, compiled"  # on a GPU, where launches from Python cost as much as kernels
+QUANTIZED = {"gptfast int8": "int8", "gptfast int4": "int4"}  # generating on a CPU
 EAGER = "torch eager"
 COMPILED = "torch.compile"
+TRANSFORMERS = "transformers"  # generating on a CPU, where it is installed
+PEERS = (EAGER, COMPILED, TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def generation(
     cache = model.new_cache(prompt.shape[0])
 
     @torch.inference_mode()
-    def generate() -> None:
+    def run() -> None:
         cache.reset()
         idx = prompt
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=bf16):
@@ -115,7 +123,55 @@ def generation(
                 idx = forward(idx, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
         finish(idx.device)
 
-    return generate
+    return run
+
+
+def our_generation(
+    model: GPT, prompt: torch.Tensor, new_tokens: int, bf16: bool
+) -> Callable[[], None]:
+    """The same through `gptfast.generate`."""
+
+    def run() -> None:
+        with torch.autocast(prompt.device.type, torch.bfloat16, enabled=bf16):
+            generate(model, prompt, new_tokens, temperature=0)
+
+    return run
+
+
+def their_generation(
+    model: GPT, prompt: torch.Tensor, new_tokens: int, bf16: bool
+) -> Callable[[], None]:
+    """The same weights through transformers' `generate`."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = AutoModelForCausalLM.from_pretrained(save_gpt2(model, f"{folder}/gpt2"))
+    mask = torch.ones_like(prompt)
+
+    def run() -> None:
+        with torch.autocast(prompt.device.type, torch.bfloat16, enabled=bf16):
+            theirs.generate(
+                prompt,
+                attention_mask=mask,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+@torch.inference_mode()
+def check_tokens(ours: GPT, stock: StockGPT, prompt: torch.Tensor, new_tokens: int) -> None:
+    """Raise unless both models generate the same tokens in fp32."""
+    got = generate(ours, prompt, new_tokens, temperature=0)
+    cache, idx, expected = stock.eval().new_cache(prompt.shape[0]), prompt, [prompt]
+    for _ in range(new_tokens):
+        idx = stock(idx, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
+        expected.append(idx)
+    if not torch.equal(got, torch.cat(expected, 1)):
+        raise SystemExit("not timed: gptfast generates other tokens than stock PyTorch")
 
 
 def finish(device: torch.device) -> None:
@@ -167,13 +223,22 @@ def run_work(
     x, y = (tokens.to(device) for tokens in batch)
 
     models: dict[str, Any] = {}
+    generating = work.new_tokens > 0 and device == "cpu"
+    if generating:
+        contenders = [*contenders, *QUANTIZED]
+        if importlib.util.find_spec("transformers"):
+            contenders.append(TRANSFORMERS)
     for name in contenders:
-        is_ours = name in (OURS, OURS_COMPILED)
+        is_ours = name in (OURS, OURS_COMPILED, TRANSFORMERS, *QUANTIZED)
         models[name] = (GPT(config) if is_ours else StockGPT(config)).to(device)
         models[name].load_state_dict(weights)
+        if name in QUANTIZED:
+            quantize(models[name], QUANTIZED[name])
     stock = StockGPT(config).to(device)
     stock.load_state_dict(weights)
     check_equal(models[OURS], stock, x[:2], y[:2])  # scores in fp32, as many as a GPU has room for
+    if generating:
+        check_tokens(models[OURS], stock, x[:, :8], work.new_tokens)
     del stock
 
     calls: dict[str, Callable[[], object]] = {}
@@ -181,7 +246,11 @@ def run_work(
         forward = model
         if name in (COMPILED, OURS_COMPILED):
             forward = torch.compile(model, dynamic=True if work.new_tokens else None)
-        if work.new_tokens:
+        if generating and name in (OURS, *QUANTIZED):
+            calls[name] = our_generation(model, x[:, :8], work.new_tokens, bf16)
+        elif name == TRANSFORMERS:
+            calls[name] = their_generation(model, x[:, :8], work.new_tokens, bf16)
+        elif work.new_tokens:
             calls[name] = generation(forward, model, x[:, :8], work.new_tokens, bf16)
         else:
             calls[name] = train_step(forward, model, x, y, bf16)
@@ -197,7 +266,7 @@ def run_work(
             seconds_per_turn=seconds,
             on_turn=lambda: bar.advance(task),
         )
-    peers = [t.median for name, t in timings.items() if name in (EAGER, COMPILED)]
+    peers = [t.median for name, t in timings.items() if name in PEERS]
     best_peer = min(peers, default=None)
     return [row(work, name, device, t, best_peer, tokens, bf16) for name, t in timings.items()]
 
@@ -216,7 +285,7 @@ def row(
         work=work.name,
         contender=contender,
         device=device_name(device),
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=QUANTIZED.get(contender, "bfloat16" if bf16 else "float32"),
         threads=torch.get_num_threads(),
         tok_per_s=tokens / t.median,
         ratio_to_best_peer=float("nan") if best_peer is None else best_peer / t.median,
@@ -254,6 +323,9 @@ def main(
     quick: Annotated[
         bool, tyro.conf.arg(help="The small model only, in under two minutes.")
     ] = False,
+    only: Annotated[
+        str | None, tyro.conf.arg(help="Only works with this in their names, such as generate.")
+    ] = None,
     json_file: Annotated[
         Path | None, tyro.conf.arg(name="json", help="Also write the rows to this file.")
     ] = None,
@@ -289,14 +361,17 @@ def main(
         raise SystemExit("--keep-memory: this platform's allocator is not glibc's")
     if threads is not None:
         torch.set_num_threads(threads)
+    works = [w for w in (WORKS if device == "cpu" else GPU_WORKS) if w.quick or not quick]
+    works = [w for w in works if only is None or only in w.name]
+    if not works:
+        raise SystemExit(f"--only: no work has {only!r} in its name")
     contenders = [OURS, EAGER]
     if compile:
         contenders += [COMPILED] if device == "cpu" else [OURS_COMPILED, COMPILED]
     bf16, rounds = dtype == "bfloat16", 7 if quick else 11
     rows: list[Row] = []
-    for work in WORKS if device == "cpu" else GPU_WORKS:
-        if work.quick or not quick:
-            rows += run_work(work, contenders, device, bf16, rounds, seconds_per_turn, console)
+    for work in works:
+        rows += run_work(work, contenders, device, bf16, rounds, seconds_per_turn, console)
     print_table(rows, console)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
