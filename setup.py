@@ -25,10 +25,12 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # the latter only ever names gcc's own headers
+FLAGS += ["-Wno-psabi"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # both only name gcc's own headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AMX = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AMX = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mprfchw"]
+AMX += ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 # Name -> bytes in a vector, flags. Ascending: where the linker meets the same inline function twice
 # it keeps the first, and that one must run on every processor (tests/test_packaging.py checks it).
 LEVELS = {"baseline": (16, []), "avx2": (32, AVX2), "avx512": (64, AVX512), "amx": (64, AMX)}

@@ -21,6 +21,7 @@ void register_dropout_add(py::module_& m);
 void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear_decode(py::module_& m);
+void register_linear_cross_entropy(py::module_& m);
 void register_simd_probe(py::module_& m);
 
 static std::vector<std::string> cpu_isas() {
@@ -64,5 +65,6 @@ PYBIND11_MODULE(_C, m) {
   register_gelu(m);
   register_layer_norm(m);
   register_linear_decode(m);
+  register_linear_cross_entropy(m);
   register_simd_probe(m);
 }

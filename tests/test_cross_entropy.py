@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from places import ISAS, at_level
 from torch.nn import functional as F
 
 import gptfast
 import gptfast.nn
-from gptfast.testing import assert_close_in_norm
+from gptfast import testing
+from gptfast.testing import Case, assert_close_in_norm
 from gptfast.testing.cross_entropy import plain_loss
 
 # Not an import: gptfast.ops has a function of this name.
@@ -228,6 +230,39 @@ def test_many_chunks_make_the_same_loss(name, dtype, monkeypatch):
         results.append([loss.detach(), *grads])
     for small, whole, exact in zip(*results, strict=True):
         assert_close_in_norm("chunks", small, whole, exact)
+
+
+TILES = pytest.mark.skipif("amx" not in ISAS, reason="in tiles: on processors with AMX")
+
+
+@TILES
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 5.0, "label_smoothing": 0.1}])
+def test_several_blocks_of_tiles(options):
+    """More than 384 classes and 512 tokens, on any number of threads."""
+    case = Case("linear_cross_entropy", (600, 900, 40), options={"ignored": 0.1, **options})
+    problem = testing.make_problem(case, torch.bfloat16)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(problem.run("cpu"))
+    torch.set_num_threads(threads)
+    problem.judge(results[0])
+    for other in results[1:]:
+        for name, result in results[0].items():
+            assert torch.equal(result, other[name]), name
+
+
+@TILES
+def test_a_model_takes_it_where_it_is_faster(rows):
+    x, half = rows[0], rows[0].bfloat16()
+    assert [LINEAR.is_faster(t) for t in (x, half, x.half())] == [False, True, False]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LINEAR.is_faster(x)
+    with gptfast.use_backend("torch"):
+        assert not LINEAR.is_faster(half)
+    with at_level("avx512"):
+        assert not LINEAR.is_faster(half)
 
 
 def largest_tensor(function):

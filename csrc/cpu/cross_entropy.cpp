@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
+#include "softcap.h"
 
 // target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). softcap: 0 for none. Returns the
 // first row whose target is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
@@ -40,17 +41,6 @@ inline float sum(const float* w, int64_t V) {
   for_each_vector(V, [&](int64_t c, auto part) { total += part.load(w + c); });
   return reduce_add(total);
 }
-
-// What becomes of a logit before everything else: nothing, or k tanh(x / k).
-struct Plain {
-  f32v operator()(f32v x) const { return x; }
-  f32v slope(f32v) const { return set1(1.0f); }
-};
-struct Softcap {
-  float k;
-  f32v operator()(f32v x) const { return k * tanh(x / k); }
-  f32v slope(f32v x) const { return tanh_slope(x / k); }
-};
 
 template <class T, class Cap>
 float log_sum_exp(const T* x, Cap cap, int64_t V) {

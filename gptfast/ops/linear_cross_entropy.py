@@ -25,6 +25,8 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     define,
+    fp32_parameter,
+    pointer,
     statistics_dtype,
 )
 
@@ -111,11 +113,90 @@ def _chunked(losses: backend.Implementation) -> backend.Implementation:
     return backend.Implementation(fwd, bwd)
 
 
+def _in_tiles(x: torch.Tensor) -> bool:
+    """Whether the tile unit of this processor multiplies such numbers."""
+    isa = backend.extension().cpu_isa()  # type: ignore[union-attr]
+    return isa == "amx" and x.dtype is torch.bfloat16 and x.numel() > 0
+
+
+def _call_in_tiles(kernel: Any, *args: Any) -> None:
+    """Call a kernel that says itself how much workspace it wants."""
+    memory = torch.empty(kernel(*args, 0), dtype=torch.uint8)
+    kernel(*args, memory.data_ptr())
+
+
+def cpu_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    target: torch.Tensor,
+    b: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensors2:
+    """The `cpu` backend of the forward op: in tiles, or else in chunks."""
+    options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    if not _in_tiles(x):
+        return CHUNKED.fwd(x, w, target, b, class_weight, *options[:3], softcap)
+    check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+    x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
+    b, class_weight = fp32_parameter(b), fp32_parameter(class_weight)
+    loss = torch.empty(x.shape[0], dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    _call_in_tiles(
+        backend.extension().linear_cross_entropy_fwd,  # type: ignore[union-attr]
+        *map(pointer, (x, w, b, target, class_weight, loss, lse)),
+        x.shape[0],
+        *w.shape,
+        *options,
+    )
+    return loss, lse
+
+
+def cpu_bwd(
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    target: torch.Tensor,
+    b: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    needs: list[bool],
+) -> Tensors3:
+    """The `cpu` backend of the backward op."""
+    options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    if not _in_tiles(x):
+        given = dloss, x, w, target, b, class_weight, lse
+        return CHUNKED.bwd(*given, *options[:3], softcap, needs)
+    x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
+    dloss, lse, kept_b = dloss.contiguous(), lse.contiguous(), fp32_parameter(b)
+    class_weight = fp32_parameter(class_weight)
+    dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
+    dw = torch.empty(w.shape if needs[1] else 0, dtype=w.dtype)
+    db = torch.empty(w.shape[0] if needs[2] else 0, dtype=torch.float32)
+    _call_in_tiles(
+        backend.extension().linear_cross_entropy_bwd,  # type: ignore[union-attr]
+        *map(pointer, (dloss, x, w, kept_b, target, class_weight, lse)),
+        *(pointer(d) if needed else 0 for d, needed in zip((dx, dw, db), needs, strict=True)),
+        x.shape[0],
+        *w.shape,
+        *options,
+    )
+    return dx, dw, db.to(w.dtype)
+
+
+CHUNKED = _chunked(CROSS_ENTROPY.implementations["cpu"])
 OP = backend.Op(
     "linear_cross_entropy",
     {
         "torch": _chunked(CROSS_ENTROPY.implementations["torch"]),
-        "cpu": _chunked(CROSS_ENTROPY.implementations["cpu"]),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("linear_cross_entropy"),
     },
 )
@@ -124,9 +205,20 @@ OP = backend.Op(
 def is_faster(x: torch.Tensor) -> bool:
     """Whether a model that wants the loss alone should take this op, and not store the logits.
 
-    Not on a CPU: its chunks cost a second product with the logits, and there is memory enough.
+    On a CPU only in tiles: chunks cost a fourth product of the logits' size, where three will do.
     """
-    return x.device.type != "cpu"
+    if x.device.type != "cpu":
+        return True
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+    return dtype is torch.bfloat16 and _has_tiles()
+
+
+@torch.compiler.assume_constant_result
+def _has_tiles() -> bool:
+    extension = None if backend.missing("cpu") else backend.extension()
+    may = backend.forced_backend() in (None, "cpu")
+    return may and extension is not None and extension.cpu_isa() == "amx"
 
 
 def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
@@ -232,12 +324,15 @@ def linear_cross_entropy(
         RuntimeError: tensors on different devices.
 
     Limits:
-        Extra memory beside the gradients asked for, on the torch and cpu backends: 2^24 logits in
-        x's dtype, or one row of them if V is larger, and the sums of linear_weight's gradient in
-        float32; on torch also some float32 copies of the logits in a chunk. On triton nothing but
-        four floats for each row and run of the vocabulary in forward; in backward gradients of 2^25
-        logits in x's dtype, or as many as x has elements if that is more, and float32 sums of x's
-        gradient. float16 needs loss scaling, as always: gradients of logits below 2^-24 vanish.
+        Extra memory beside the gradients asked for, in bfloat16 on a CPU with AMX: forward as much
+        as x takes and as 768 rows of linear_weight; backward four times x, 768 bytes for each row
+        of x and as much as 1,500 rows of linear_weight. Otherwise on the torch and cpu backends:
+        2^24 logits in x's dtype, or one row of them if V is larger, and the sums of linear_weight's
+        gradient in float32; on torch also some float32 copies of the logits in a chunk. On triton
+        nothing but four floats for each row and run of the vocabulary in forward; in backward
+        gradients of 2^25 logits in x's dtype, or as many as x has elements if that is more, and
+        float32 sums of x's gradient. float16 needs loss scaling, as always: gradients of logits
+        below 2^-24 vanish.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
     """
