@@ -78,6 +78,8 @@ def pick_config(rows: int, D: int, Dv: int, itemsize: int, target: Target) -> Co
     tile = (block_d + block_dv) * itemsize  # bytes a key
     block_n = next((n for n in sizes if n <= max_n and 2 * n * tile <= room), 16)
     wide = odd or (block_m * block_dv >= 64 * 128 if itemsize < 4 else widest >= 128)
+    if block_m == 64 and wide and target.name == "sm_100":
+        block_n = min(block_n, 32)  # of 64 keys the compiler spills 8 bytes
     most_stages = 2 if itemsize == 4 else MAX_STAGES
     stages = min(max(room // (block_n * tile), 1), most_stages)
     return Config(block_m, block_n, 8 if wide else 4, stages)

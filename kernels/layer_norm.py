@@ -58,6 +58,7 @@ def pick_config(
 
     Threads: 16 elements each, two 128-bit loads of every tensor in half precision, four in fp32;
     fewer leave too little in flight to hide the latency of memory, more do not fit into registers.
+    Where 16 does not divide N, 8 each: the addresses and masks of single elements take registers.
 
     block_m: narrow rows come several at a time, until a forward program has 4 warps (of 32) and a
     backward one, of which there are few, 8. But few rows are spread: 512 programs occupy the 132 to
@@ -82,7 +83,8 @@ def pick_config(
         fits = N <= MAX_BACKWARD and 4 * sums + read <= 16 and N % 16 == 0
         tile, block_n = 4096, min(block_n, MAX_BACKWARD if fits else MAX_BACKWARD // 2)
     block_m = max(1, min(tile // block_n, triton.next_power_of_2(max(M // 512, 1))))
-    threads = min(max(block_m * block_n // 16, target.warp_size), 1024)
+    elements = 16 if N % 16 == 0 else 8
+    threads = min(max(block_m * block_n // elements, target.warp_size), 1024)
     resident = target.multiprocessors * max(1, 512 // threads)
     programs = max(1, min(triton.cdiv(M, block_m), resident, M * itemsize // 64))
     return Config(block_m, block_n, threads // target.warp_size, programs)

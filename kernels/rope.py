@@ -32,16 +32,19 @@ class Config:
 
 
 @tunable
-def pick_config(B: int, H: int, T: int, half: int, per_batch: bool, target: Target) -> Config:
+def pick_config(
+    B: int, H: int, T: int, half: int, per_batch: bool, interleaved: bool, target: Target
+) -> Config:
     """Tiles for H heads of `half` pairs, at B T tokens.
 
-    8 pairs a thread: two 128-bit loads of bf16. A program takes several
-    sequences, so that the tables are not read for each of them, as long as 1024 programs are left,
-    which fill any card; tables that differ between sequences (`per_batch`) it must read for each
-    anyway.
+    8 pairs a thread: two 128-bit loads of bf16; 4 where they are interleaved, one such load: with 8
+    the compiler (Triton 3.9, sm_100, fp16) spills to get by with 48 registers. A program takes
+    several sequences, so that the tables are not read for each of them, as long as 1024 programs
+    are left, which fill any card; tables that differ between sequences (`per_batch`) it must read
+    for each anyway.
     """
     num_warps = 4
-    pairs = 8 * num_warps * target.warp_size
+    pairs = (4 if interleaved else 8) * num_warps * target.warp_size
     block_half = triton.next_power_of_2(half)
     block_h = min(triton.next_power_of_2(max(H, 1)), max(1, pairs // block_half))
     block_t = min(triton.next_power_of_2(max(T, 1)), max(1, pairs // (block_half * block_h)))
@@ -196,7 +199,7 @@ def _launch(
     k_out = q.new_empty(0) if k is None else empty_output(k)
     if B * T * D:
         half, per_batch = cos.shape[-1], cos.dim() == 3
-        config = pick_config(B, H, T, half, per_batch, target_of(q.device))
+        config = pick_config(B, H, T, half, per_batch, interleaved, target_of(q.device))
         grid = (triton.cdiv(T, config.block_t) * triton.cdiv(B, config.sequences),)
         rope_kernel[grid](
             q,
