@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from benchmarks.static_report.report import REPORTED, entries, make_rows
+from benchmarks.static_report.report import REPORTED, REPORTED_OPS, entries, make_rows
 from benchmarks.static_report.table import FILE, Row, Table, as_dicts, by_key, worse
 from gptfast.backend import dtype_name
-from gptfast.testing import DTYPES, OPS
+from gptfast.testing import DTYPES
 
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -43,7 +43,7 @@ def main(
     if not console.is_terminal:
         console = Console(width=140)
     for given, known, what in (
-        (op, tuple(OPS), "op"),
+        (op, REPORTED_OPS, "op"),
         (target, REPORTED, "target"),
         (dtype, tuple(dtype_name(d) for d in DTYPES), "dtype"),
     ):

@@ -12,6 +12,7 @@ import torch
 
 import gptfast
 from gptfast import backend
+from gptfast.optim import AdamW
 from gptfast.testing import OPS, Case, record_calls
 from gptfast.testing.case import VALUES
 
@@ -56,8 +57,10 @@ def triton_takes_cpu_tensors() -> Iterator[None]:
 
 def registered_calls(case: Case, dtype: torch.dtype) -> list[Call]:
     """Forward and backward of a case on the torch backend, as calls of registered ops."""
-    row = OPS[case.op]
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    if case.op == "adamw":
+        return [_adamw_call(case, dtype, generator)]
+    row = OPS[case.op]
 
     def draw(shape: tuple[int, ...], values: str = "normal") -> torch.Tensor:
         return VALUES[values](torch.randn(shape, generator=generator), dtype)
@@ -73,6 +76,37 @@ def registered_calls(case: Case, dtype: torch.dtype) -> list[Call]:
             dys = [draw(y.shape).to(y.dtype) for y in outputs]
             torch.autograd.backward(outputs, dys)
     return [_call(c.op, c.args, c.output) for c in recorded.calls]
+
+
+# A vector and matrices, the largest of which are several chunks; `adamw` has no row of its own in
+# `gptfast.testing`, where rows are about tensors that an op returns.
+ADAMW_REPORTS = (
+    Case("adamw", (768, 3072), options={"max_norm": 1.0}),
+    Case("adamw", (768, 3072), options={"max_norm": 1.0, "master_weights": True}),
+)
+
+
+def _adamw_call(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Call:
+    """A step of `gptfast.optim.AdamW`, its second, on a Linear layer."""
+    rows, columns = case.shape
+    params = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((columns, rows), (columns,))
+    ]
+    optimizer = AdamW(params, **case.options)
+    with gptfast.use_backend("torch"):
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            with record_calls() as recorded:
+                optimizer.step()
+    (call,) = recorded.calls
+    return _call(call.op, call.args, call.output)
+
+
+def reports_of(op: str) -> tuple[Case, ...]:
+    """The cases that are reported on."""
+    return ADAMW_REPORTS if op == "adamw" else OPS[op].reports
 
 
 def _call(op: Any, args: tuple[Any, ...], output: Any) -> Call:

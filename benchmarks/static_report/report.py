@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.static_report.calls import RefusedError, registered_calls
+from benchmarks.static_report.calls import RefusedError, registered_calls, reports_of
 from benchmarks.static_report.launches import Launch, Recording, digest, record, source_of
 from benchmarks.static_report.table import Row, occupancy
 from benchmarks.static_report.worker import run_jobs
@@ -20,6 +20,7 @@ from gptfast.targets import TARGETS
 from gptfast.testing import DTYPES, OPS, Case
 
 REPORTED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+REPORTED_OPS = (*OPS, "adamw")
 INTERPRET = {"TRITON_INTERPRET": "1"}
 OnDone = Callable[[], object]
 
@@ -77,8 +78,8 @@ def entries(
     text: str = "",
 ) -> Iterator[Entry]:
     """Everything to report on, or of these ops, dtypes and targets, and of cases with this text."""
-    for name, row in OPS.items():
-        for case in row.reports if not ops or name in ops else ():
+    for name in REPORTED_OPS:
+        for case in reports_of(name) if not ops or name in ops else ():
             for dtype in DTYPES if text in str(case) else ():
                 if not dtypes or dtype_name(dtype) in dtypes:
                     yield from _entries_of(case, dtype, targets or REPORTED)

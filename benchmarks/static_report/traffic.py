@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from benchmarks.static_report.calls import registered_calls
+from benchmarks.static_report.calls import registered_calls, reports_of
 from benchmarks.static_report.worker import serve
 from gptfast import interpreter as repaired
 from gptfast import targets
-from gptfast.testing import OPS
 
 SECTOR = 32
 NEAR = 64 * 1024  # 40 MB of L2 (A100) for some 640 programs that run at a time
@@ -192,7 +191,7 @@ def count_call(job: dict[str, Any]) -> dict[str, Any]:
         touched it (of an embedding's weight, the rows that were looked up). launches: for each
         kernel, bytes read and written, issued bytes, and floating-point operations.
     """
-    case = next(c for c in OPS[job["op"]].reports if str(c) == job["case"])
+    case = next(c for c in reports_of(job["op"]) if str(c) == job["case"])
     call = registered_calls(case, getattr(torch, job["dtype"]))[job["call"]]
     with targets.assume(job["target"]), Counting() as counting:
         results = call.run()

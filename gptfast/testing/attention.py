@@ -302,8 +302,18 @@ ROW = OpRow(
             Case("attention", (1, 4, 2, 512, 512, D), options={"causal": True})
             for D in (64, 80, 128)
         ),
+        *(
+            Case("attention", (1, 2, 1, 256, 256, D), options={"causal": True})
+            for D in (16, 32, 40, 96)
+        ),
         Case("attention", (1, 2, 2, 512, 512, 256), options={"causal": True}),
         Case("attention", (1, 4, 4, 300, 512, 64)),
         Case("attention", (1, 2, 2, 256, 256, 64), options={"causal": True, "dropout_p": 0.1}),
+        Case("attention", (1, 2, 1, 256, 256, 128), options={"causal": True, "dropout_p": 0.1}),
+        Case(
+            "attention",
+            (1, 2, 1, 512, 512, 64),
+            options={"causal": True, "window": (127, 0), "softcap": 30.0, "alibi": "shared"},
+        ),
     ),
 )
