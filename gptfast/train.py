@@ -121,6 +121,12 @@ class _Trainer:
         self.config, self.folder, self.device = config, folder, device
         self.dataset = _open_dataset(config)
         self.dtype, self.dtype_reason = _pick_dtype(config.dtype, device)
+        if config.master_weights and self.dtype != torch.bfloat16:
+            raise ValueError(
+                "master_weights: dtype must be bfloat16, "
+                f"got {dtype_name(self.dtype)} ({self.dtype_reason})"
+            )
+        self.weights_dtype = self.dtype if config.master_weights else torch.float32
         self.generator = torch.Generator().manual_seed(config.seed)  # of the batches
         torch.manual_seed(config.seed)
         self.step = 0
@@ -131,9 +137,10 @@ class _Trainer:
         model_config = config.model_config(self.dataset.vocab_size)
         self.resumed_from = checkpoint.latest(folder.path) if config.resume else None
         if self.resumed_from is None:
-            self.model = GPT(model_config).to(device)
+            self.model = GPT(model_config).to(device, self.weights_dtype)
         else:
             self.model = _load_same(self.resumed_from, model_config, self.dataset.tokenizer, device)
+            self.model.to(self.weights_dtype)
         self.parameters = list(self.model.parameters())
         self.model.fused_loss = config.fused_loss
         self.optimizer = _optimizer(self.parameters, config)
@@ -234,7 +241,7 @@ class _Trainer:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
+        if self.dtype == self.weights_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
@@ -322,6 +329,11 @@ class _Trainer:
             raise ValueError(
                 f"{file}: expected the training state of this model: {error!r:.300}"
             ) from error
+        masters = any("master" in s for s in state["optimizer"]["state"].values())
+        if masters != (wanted := self.config.master_weights):
+            raise ValueError(
+                f"{file}: expected master_weights {wanted} by the settings, got {masters}"
+            )
         # The optimizer does not look at shapes before its next step.
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -401,8 +413,9 @@ def _optimizer(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     settings: Any = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    if ADAMW.has_kernel(parameters[0]):
-        return AdamW(groups, **settings, max_norm=config.grad_clip or None)
+    if config.master_weights or ADAMW.has_kernel(parameters[0]):
+        max_norm, masters = config.grad_clip or None, config.master_weights
+        return AdamW(groups, **settings, max_norm=max_norm, master_weights=masters)
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 

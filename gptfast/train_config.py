@@ -93,10 +93,13 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N; auto is the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the arithmetic; weights are float32. auto: float32 on a CPU, 16 bits on a GPU."""
+    master_weights: bool = False
+    """Weights and gradients in bfloat16, and float32 copies of the weights in AdamW: nothing is
+    cast in a step. Only with --dtype bfloat16."""
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     """Kernels of gptfast to use; auto takes the best that can run."""
     fused_loss: Annotated[bool | None, arg(metavar="{True,False}")] = None
-    """Whether training never stores the logits. None is where that is faster: on a GPU."""
+    """Whether training never stores the logits. None is where that is faster."""
     compile: bool = False
     """Compile the model with torch.compile."""
 

@@ -253,7 +253,12 @@ def test_accumulated_batches_are_one_large_batch(config, tmp_path):
     assert rows(parts)[-1]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"backend": "torch"}, {"dtype": "bfloat16"}])
+MASTER_WEIGHTS = {"dtype": "bfloat16", "master_weights": True}
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "torch"}, {"dtype": "bfloat16"}, MASTER_WEIGHTS], ids=str
+)
 def test_other_ways_of_computing_learn_the_same(config, tmp_path, options):
     train(config, quiet=True)
     other = change(config, out=str(tmp_path / "other"), **options)
@@ -262,7 +267,27 @@ def test_other_ways_of_computing_learn_the_same(config, tmp_path, options):
     tolerance = 3e-2 if "dtype" in options else 1e-4
     assert rows(other)[0]["train_loss"] == pytest.approx(rows(config)[0]["train_loss"], tolerance)
     assert rows(other)[-1]["val_loss"] == pytest.approx(rows(config)[-1]["val_loss"], 3e-2)
-    assert {p.dtype for p in weights(other.out).values()} == {torch.float32}
+    assert {p.dtype for p in weights(other.out).values()} == {torch.float32}  # as loaded
+
+
+def test_master_weights_are_what_learns(config):
+    train(change(config, **MASTER_WEIGHTS), quiet=True)
+    path = checkpoint.latest(config.out)
+    masters = [s["master"] for s in checkpoint.load_training(path)["optimizer"]["state"].values()]
+    model = checkpoint.load(path).model
+    assert {m.dtype for m in masters} == {torch.float32}
+    by_group = [p for p in model.parameters() if p.dim() >= 2]
+    by_group += [p for p in model.parameters() if p.dim() < 2]
+    for parameter, master in zip(by_group, masters, strict=True):
+        assert torch.equal(parameter, master.bfloat16().float())
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_master_weights_of_another_dtype(config, dtype):
+    with pytest.raises(ValueError, match="master_weights: dtype must be bfloat16, got float"):
+        train(change(config, dtype=dtype, master_weights=True), quiet=True)
+    assert checkpoint.latest(config.out) is None
 
 
 def test_float16_scales_its_loss(config):
@@ -362,10 +387,17 @@ def test_quiet(config, capsys):
 # --- stopping and going on
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "gradient_accumulation": 2}])
 @pytest.mark.parametrize(
-    ("number", "our_adamw"),
-    [(signal.SIGTERM, False), (signal.SIGINT, True)],
+    ("options", "number", "our_adamw"),
+    [
+        *[
+            (options, number, ours)
+            for options in ({}, {"dropout": 0.2, "gradient_accumulation": 2})
+            for number, ours in ((signal.SIGTERM, False), (signal.SIGINT, True))
+        ],
+        (MASTER_WEIGHTS, signal.SIGTERM, True),
+    ],
+    ids=str,
     indirect=["our_adamw"],
 )
 def test_stop_and_resume_is_bit_identical(
@@ -678,6 +710,7 @@ def test_data_of_more_tokens_than_the_model(config):
         ({"n_layer": 2}, r"config\.json: expected n_layer 2 by the settings, got 1"),
         ({"bias": True}, r"config\.json: expected bias True by the settings, got False"),
         ({"tokenizer": "gpt2"}, r"config\.json: expected vocab_size 50257 by the settings, got"),
+        (MASTER_WEIGHTS, r"training\.pt: expected master_weights True by the settings, got False"),
         ({"val_fraction": 0.2}, r"training\.pt: expected to go on with its \d+ training tokens"),
     ],
 )
