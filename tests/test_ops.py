@@ -246,9 +246,7 @@ def test_bits_do_not_depend_on_threads_or_runs(op, dtype):
 def test_dropout_mask_is_the_same_on_every_backend(isa):
     T, S, p, seed, head = 70, 45, 0.3, 2**62 + 12345, 7
     keep = torch.zeros(T, S, dtype=torch.uint8)
-    C.attention_dropout_mask(
-        keep.data_ptr(), head, (1, 8, 8, T, S, 16), (False, 1.0, dropout_threshold(p), seed)
-    )
+    C.attention_dropout_mask(keep.data_ptr(), head, T, S, dropout_threshold(p), seed)
     i, j = torch.arange(T)[:, None], torch.arange(S)
     z = dropout_factors(torch.tensor(seed), torch.tensor(head), i, j, p, torch.float64)
     assert torch.equal(keep.bool(), z != 0)
@@ -261,9 +259,7 @@ def test_dropout_threshold_is_the_same_on_every_backend(p):
     # (1 - p) 2^16 of the first two is 1e-5 below k + 1/2, on the other side of it in fp32.
     T, S, seed = 64, 512, 5
     keep = torch.zeros(T, S, dtype=torch.uint8)
-    C.attention_dropout_mask(
-        keep.data_ptr(), 0, (1, 1, 1, T, S, 16), (False, 1.0, dropout_threshold(p), seed)
-    )
+    C.attention_dropout_mask(keep.data_ptr(), 0, T, S, dropout_threshold(p), seed)
     i, j = torch.arange(T)[:, None], torch.arange(S)
     z = dropout_factors(torch.tensor(seed), torch.tensor(0), i, j, p, torch.float64)
     assert torch.equal(keep.bool(), z != 0)

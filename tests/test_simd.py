@@ -54,6 +54,18 @@ def test_exp_is_accurate_to_two_ulp(isa):
     assert (got[x.isneginf()] == 0).all()
 
 
+def test_exp2_is_accurate_to_three_ulp(isa):
+    x = torch.cat([every_exponent(64), torch.linspace(-130, 127, 200_001)])
+    x = x[(x < 127.5) | x.isnan()]
+    got, exact = apply(C.simd_exp2, x), x.double().exp2()
+    normal = exact >= 2.0**-126
+    assert ulps(got[normal], exact[normal]).max() <= 3
+    assert (got[exact < 2.0**-126] <= 2.0**-126).all()
+    assert got[x.isnan()].isnan().all()
+    assert (got[x.isneginf()] == 0).all()
+    assert (got[x == 0] == 1).all()
+
+
 def test_tanh_and_its_slope_are_accurate_however_small(isa):
     x = torch.cat([every_exponent(64), torch.linspace(-12, 12, 200_001)])
     finite = ~x.isnan()

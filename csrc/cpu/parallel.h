@@ -67,7 +67,7 @@ inline void parallel_for_dynamic(int64_t n, int64_t flops, const Body& body) {
   failure.rethrow();
 }
 
-// A 64-byte aligned fp32 scratch buffer that the thread keeps between calls.
+// A 64-byte aligned scratch buffer that the thread keeps between calls.
 class Scratch {
  public:
   Scratch() = default;
@@ -75,20 +75,21 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(data_); }
 
-  float* reserve(int64_t floats) {
-    if (floats > capacity_) {
+  template <class T = float>
+  T* reserve(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > capacity_) {
       std::free(data_);
-      const size_t bytes = (static_cast<size_t>(floats) * 4 + 63) / 64 * 64;
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-      capacity_ = data_ ? floats : 0;
+      data_ = std::aligned_alloc(64, bytes);
+      capacity_ = data_ ? bytes : 0;
       if (!data_) throw std::bad_alloc();
     }
-    return data_;
+    return static_cast<T*>(data_);
   }
 
  private:
-  float* data_ = nullptr;
-  int64_t capacity_ = 0;
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
 };
 
 }  // namespace

@@ -174,21 +174,30 @@ def _like_output(x: torch.Tensor) -> torch.Tensor:
 
 def cpu_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
     """The `cpu` backend of the forward op."""
+    o = empty_output(q, v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    run_cpu_fwd(q, k, v, o, lse, Options(*options))
+    return o, lse
+
+
+def run_cpu_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    ends: Tensors2 | None = None,
+) -> None:
+    """Fill o and lse; also of `attention_varlen`, whose `ends` are cu_seqlens of q and of k."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    B, H, T, D = q.shape
-    o = empty_output(q)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     backend.extension().attention_fwd(  # type: ignore[union-attr]
-        _heads(q),
-        _heads(k),
-        _heads(v),
-        _heads(o),
+        *(_heads(x) for x in (q, k, v, o)),
         lse.data_ptr(),
-        (B, H, k.shape[1], T, k.shape[2], D),
-        _cpu_options(*options),
+        _cpu_shape(q, k, v, lse, ends),
+        _cpu_options(options),
         backend.DTYPE_CODES[q.dtype],
     )
-    return o, lse
 
 
 def cpu_bwd(
@@ -203,66 +212,84 @@ def cpu_bwd(
 ) -> Tensors3:
     """The `cpu` backend of the backward op; see `reference_bwd`."""
     *options, needs, into = rest
-    do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
-    lse = lse.contiguous()
-    B, H, T, D = q.shape
-    empty = q.new_empty(0)
-    if into is not None:
-        dq, dk, dv = into
-    else:
-        dq = empty_output(q) if needs[0] else empty
-        dk, dv = (empty_output(k), empty_output(v)) if needs[1] or needs[2] else (empty, empty)
-    nothing = (0, 0, 0, 0)
-    backend.extension().attention_bwd(  # type: ignore[union-attr]
-        _heads(do),
-        _heads(q),
-        _heads(k),
-        _heads(v),
-        _heads(o),
-        lse.data_ptr(),
-        _heads(dq) if needs[0] else nothing,
-        _heads(dk) if needs[1] or needs[2] else nothing,
-        _heads(dv) if needs[1] or needs[2] else nothing,
-        (B, H, k.shape[1], T, k.shape[2], D),
-        _cpu_options(*options),
-        backend.DTYPE_CODES[q.dtype],
+    grads = into or tuple(
+        empty_output(x) if want else None
+        for x, want in zip((q, k, v), wanted_on_cpu(needs), strict=True)
     )
-    return dq, dk if needs[1] else empty, dv if needs[2] else empty
+    run_cpu_bwd(do, q, k, v, o, lse, dlse, grads, Options(*options))
+    return tuple(  # type: ignore[return-value]
+        g if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True)
+    )
 
 
-def _cpu_options(*options: Any) -> tuple[bool, float, int, int]:
-    given = Options(*options)
-    seed = 0 if given.seed is None else int(given.seed)
-    return given.right == 0, given.scale, dropout_threshold(given.dropout_p), seed
+def wanted_on_cpu(needs: Sequence[bool]) -> tuple[bool, bool, bool]:
+    """The kernel makes dk and dv together."""
+    return needs[0], needs[1] or needs[2], needs[1] or needs[2]
 
 
-def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
-    return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
-
-
-def _why_not_cpu(
+def run_cpu_bwd(
+    do: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    dlse: torch.Tensor | None = None,
-    options: Options | None = None,
-) -> str | None:
-    if v.shape[-1] != q.shape[-1]:
-        return f"its values must have the keys' head dim {q.shape[-1]}, got {v.shape[-1]}"
-    if dlse is not None:
-        return "it has no gradient of the log-sum-exp yet"
-    if options is None:
-        return None
-    if options.alibi_slopes is not None:
-        return "it has no alibi_slopes yet"
-    if options.softcap:
-        return f"it has no softcap yet, got {options.softcap}"
-    if options.left >= 0 or options.right > 0:
-        return f"it has no sliding window yet, got ({options.left}, {options.right})"
-    return None
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    grads: Sequence[torch.Tensor | None],
+    options: Options,
+    ends: Tensors2 | None = None,
+) -> None:
+    """Fill the gradients that are not None, dk and dv only together; also of `attention_varlen`."""
+    do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()
+    dlse = dlse if dlse is None else dlse.contiguous()
+    backend.extension().attention_bwd(  # type: ignore[union-attr]
+        *(_heads(x) for x in (do, q, k, v, o)),
+        lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
+        *((0, 0, 0, 0) if g is None else _heads(g) for g in grads),
+        _cpu_shape(q, k, v, lse, ends),
+        _cpu_options(options),
+        backend.DTYPE_CODES[q.dtype],
+    )
 
 
-def why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> str | None:
+def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of (B, H, T, D), or of packed sequences (N, H, D)."""
+    if x.dim() == 4:
+        return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
+    return x.data_ptr(), 0, x.stride(1), x.stride(0)
+
+
+def _cpu_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, ends: Tensors2 | None
+) -> tuple[int, ...]:
+    D, Dv = q.shape[-1], v.shape[-1]
+    if ends is None:
+        B, H, T = lse.shape
+        return B, H, k.shape[1], T, k.shape[2], D, Dv, 0, 0, H * T, T
+    H, N = lse.shape
+    addresses = (x.data_ptr() for x in ends)
+    return ends[0].shape[0] - 1, H, k.shape[1], N, k.shape[0], D, Dv, *addresses, 0, N
+
+
+def _cpu_options(options: Options) -> tuple[float, int, int, float, tuple[int, ...], int, int]:
+    slopes = options.alibi_slopes
+    address_and_strides: tuple[int, ...] = (0, 0, 0)
+    if slopes is not None:
+        address_and_strides = (slopes.data_ptr(), *(0, *slopes.stride())[-2:])
+    return (
+        options.scale,
+        options.left,
+        options.right,
+        options.softcap,
+        address_and_strides,
+        dropout_threshold(options.dropout_p),
+        0 if options.seed is None else int(options.seed),
+    )
+
+
+def why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot take these heads, or None."""
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
@@ -274,14 +301,14 @@ OP = backend.Op(
     "attention",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
-        "cpu": backend.Implementation(cpu_fwd, cpu_bwd, _why_not_cpu),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("attention", why_not=why_not_triton),
     },
 )
 
 
 def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
-    return OP.choose(q, k, v, None, Options(*options)).fwd(q, k, v, *options)
+    return OP.choose(q, k, v).fwd(q, k, v, *options)
 
 
 def _bwd(
@@ -294,8 +321,7 @@ def _bwd(
     dlse: torch.Tensor | None,
     *rest: Any,
 ) -> Tensors3:
-    chosen = OP.choose(q, k, v, dlse, Options(*rest[:-1]))
-    return chosen.bwd(do, q, k, v, o, lse, dlse, *rest, None)
+    return OP.choose(q, k, v).bwd(do, q, k, v, o, lse, dlse, *rest, None)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:
@@ -398,9 +424,11 @@ def attention(
         RuntimeError: tensors on different devices; a backend is forced that cannot run the call.
 
     Limits:
-        Head dims over 256 run on the PyTorch reference on a GPU. On a CPU so do window, softcap,
-        alibi_slopes, Dv != D and a gradient of lse. Extra memory is O(B H T) for the log-sum-exp;
-        backward on a CPU takes 16 S D bytes a thread, which the thread keeps for its next call.
+        Head dims over 256 run on the PyTorch reference on a GPU. Extra memory is O(B H T) for the
+        log-sum-exp; backward on a CPU takes up to 4 T D H / H_kv bytes a thread, which the thread
+        keeps for its next call. On a CPU, products of bfloat16 run on the tiles of AMX where there
+        are any, with p and ds rounded to bfloat16; other dtypes, and bfloat16 elsewhere, are
+        computed in fp32.
 
     Source: Dao et al., "FlashAttention", 2022; Dao, "FlashAttention-2", 2023; Press et al., "Train
     short, test long" (ALiBi), 2022; Beltagy et al., "Longformer" (window), 2020; Gemma Team,

@@ -59,11 +59,9 @@ def _packed(implementation: backend.Implementation) -> backend.Implementation:
         )
         return dqkv
 
-    def why_not(
-        qkv: torch.Tensor, n_head: int = 1, n_kv_head: int = 1, options: Options | None = None
-    ) -> str | None:
+    def why_not(qkv: torch.Tensor, n_head: int = 1, n_kv_head: int = 1) -> str | None:
         refuses = implementation.why_not
-        return refuses and refuses(*split_heads(qkv, n_head, n_kv_head), None, options)
+        return refuses and refuses(*split_heads(qkv, n_head, n_kv_head))
 
     return backend.Implementation(fwd, bwd, why_not)
 
@@ -74,8 +72,7 @@ OP = backend.Op(
 
 
 def _fwd(qkv: torch.Tensor, n_head: int, n_kv_head: int, *options: Any) -> Tensors2:
-    chosen = OP.choose(qkv, n_head, n_kv_head, Options(*options))
-    return chosen.fwd(qkv, n_head, n_kv_head, *options)
+    return OP.choose(qkv, n_head, n_kv_head).fwd(qkv, n_head, n_kv_head, *options)
 
 
 def _bwd(
@@ -87,8 +84,7 @@ def _bwd(
     n_kv_head: int,
     *options: Any,
 ) -> torch.Tensor:
-    chosen = OP.choose(qkv, n_head, n_kv_head, Options(*options))
-    return chosen.bwd(dy, qkv, y, lse, n_head, n_kv_head, *options)
+    return OP.choose(qkv, n_head, n_kv_head).bwd(dy, qkv, y, lse, n_head, n_kv_head, *options)
 
 
 def _fake_fwd(qkv: torch.Tensor, n_head: int, n_kv_head: int, *_: Any) -> Tensors2:

@@ -23,7 +23,10 @@ from gptfast.ops.attention import (
     reference_bwd,
     reference_fwd,
     run_backward,
+    run_cpu_bwd,
+    run_cpu_fwd,
     setup_context,
+    wanted_on_cpu,
     why_not_triton,
 )
 from gptfast.ops.library import check_device, check_dtypes, define, statistics_dtype
@@ -105,10 +108,57 @@ def _sequences(
         yield b, slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1]), own
 
 
+def varlen_cpu_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> Tensors2:
+    """The `cpu` backend of the forward op."""
+    N, H, _ = q.shape
+    o = q.new_empty(N, H, v.shape[-1])
+    lse = q.new_empty(H, N, dtype=torch.float32)
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    run_cpu_fwd(q, k, v, o, lse, Options(*options), ends)
+    return o, lse
+
+
+def varlen_cpu_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *rest: Any,
+) -> Tensors3:
+    """The `cpu` backend of the backward op."""
+    *options, needs = rest
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    grads = tuple(
+        x.new_empty(x.shape) if want else None
+        for x, want in zip((q, k, v), wanted_on_cpu(needs), strict=True)
+    )
+    run_cpu_bwd(do, q, k, v, o, lse, dlse, grads, Options(*options), ends)
+    return tuple(  # type: ignore[return-value]
+        g if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True)
+    )
+
+
 OP = backend.Op(
     "attention_varlen",
     {
         "torch": backend.Implementation(varlen_reference_fwd, varlen_reference_bwd),
+        "cpu": backend.Implementation(varlen_cpu_fwd, varlen_cpu_bwd),
         "triton": backend.triton_implementation(
             "attention_varlen", "attention", why_not=why_not_triton
         ),
@@ -240,7 +290,7 @@ def attention_varlen(
     Limits:
         On a GPU the values of cu_seqlens are not checked, which would make the host wait: with
         wrong ones, or a max_seqlen below the longest sequence, the results are undefined. Head dims
-        over 256, and every call on a CPU, run on the PyTorch reference, sequence by sequence.
+        over 256 run on the PyTorch reference on a GPU, sequence by sequence.
 
     Source: Dao, "FlashAttention-2", 2023.
     """

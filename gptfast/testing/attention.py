@@ -207,15 +207,6 @@ EVERYTHING: dict[str, Any] = {
     "scale": 0.4,
     "lse": True,
 }
-# The C++ kernel has none of these yet.
-NOT_ON_CPU = ("window", "softcap", "alibi", "lse", "Dv")
-
-
-def _refuses(backend: str, case: Case) -> bool:
-    options = dict(case.options)
-    if options.get("causal") and options.get("window", (0,))[0] == -1:
-        del options["window"]  # causal leaves nothing of it
-    return backend == "cpu" and any(options.get(name) for name in NOT_ON_CPU)
 
 
 def _cases() -> Iterator[Case]:
@@ -270,6 +261,10 @@ def _cases() -> Iterator[Case]:
     yield Case("attention", (0, 2, 1, 5, 5, 8))
     for T in (3, 33):
         yield Case("attention", (1, 2, 2, T, 33, 8), "nan")
+    # Several chunks of 512 keys, several blocks of queries to a task.
+    for options in ({"causal": True}, {"window": (600, 5)}, {**EVERYTHING, "window": (70, 0)}):
+        yield Case("attention", (1, 4, 2, 300, 1100, 20), options=options)
+    yield Case("attention", (4, 8, 8, 300, 130, 8), options={"causal": True})
     # Many keys: sums that must not lose small terms.
     yield Case("attention", (1, 1, 1, 1, 10_000, 16))
     yield Case("attention", (1, 1, 1, 6, 2_000, 16))
@@ -282,7 +277,6 @@ ROW = OpRow(
     magnitudes=magnitudes,
     gradients=("q", "k", "v"),
     matrix_units=True,
-    refuses=_refuses,
     cases=tuple(_cases()),
     examples=(
         Case("attention", (2, 4, 2, 70, 90, 16), options={"causal": True}),

@@ -59,10 +59,6 @@ def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magn
     return {"result": merged("result"), "qkv": merged("q", "k", "v")}
 
 
-def _refuses(backend: str, case: Case) -> bool:
-    return attention.ROW.refuses(backend, case)
-
-
 def _case(
     shape: tuple[int, ...],
     heads: tuple[int, int],
@@ -96,7 +92,6 @@ ROW = OpRow(
     magnitudes=_magnitudes,
     gradients=("qkv",),
     matrix_units=True,
-    refuses=_refuses,
     cases=tuple(_cases()),
     examples=(
         _case((2, 70, 16), (4, 2)),
