@@ -14,8 +14,8 @@
 
 #include "isa.h"
 #include "parallel.h"
-#include "simd.h"
 #include "softcap.h"
+#include "stream.h"
 
 // target: (M,) class indices. weight: (V,) or null. loss, lse: (M,). softcap: 0 for none. Returns the
 // first row whose target is neither in [0, V) nor ignore_index (nothing is computed then), or -1.
@@ -33,6 +33,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // logits: 16 KiB of fp32, a third of a first-level cache
 constexpr int64_t kGrainElements = 8192;
+constexpr float kLog2E = 1.4426950408889634f;
 
 inline int64_t rows_per_thread(int64_t V) { return kGrainElements / (V + 1) + 1; }
 
@@ -47,18 +48,23 @@ float log_sum_exp(const T* x, Cap cap, int64_t V) {
   float running_max = -FLT_MAX, running_sum = 0;
   for (int64_t begin = 0; begin < V; begin += kChunk) {
     const int64_t n = V - begin < kChunk ? V - begin : kChunk;
-    f32v top = set1(-FLT_MAX);
-    for_each_vector(n, [&](int64_t c, auto part) {
-      top = max(part.live(part.load(x + begin + c), set1(-FLT_MAX)), top);
+    f32v top = set1(-FLT_MAX), tops[4] = {top, top, top, top};  // so that none waits for another
+    int64_t c = 0;
+    for (; c + 4 * W <= n; c += 4 * W)
+      for (int k = 0; k < 4; ++k) tops[k] = max(load(x + begin + c + k * W), tops[k]);
+    for_each_vector(n - c, [&](int64_t i, auto part) {
+      top = max(part.live(part.load(x + begin + c + i), set1(-FLT_MAX)), top);
     });
+    for (const f32v& other : tops) top = max(other, top);
     // The cap is monotonic: the largest logit stays the largest.
     const float chunk_max = cap(set1(reduce_max(top)))[0];
     const float new_max = chunk_max > running_max ? chunk_max : running_max;
-    f32v total{};
-    for_each_vector(n, [&](int64_t c, auto part) {
-      total += part.live(exp(cap(part.load(x + begin + c)) - new_max), f32v{});
+    float total[1];
+    sum_vectors(n, total, [&](int64_t i, auto part, f32v* sums) {
+      const f32v z = cap(part.load(x + begin + i));
+      sums[0] += part.live(exp2((z - new_max) * kLog2E), f32v{});
     });
-    running_sum = running_sum * std::exp(running_max - new_max) + reduce_add(total);
+    running_sum = running_sum * std::exp(running_max - new_max) + total[0];
     running_max = new_max;
   }
   return running_max + std::log(running_sum);
@@ -104,30 +110,32 @@ void backward(const float* dloss, const T* x, Cap cap, const int64_t* target, co
               float z_loss) {
   const float smooth = smoothing / V;
   const float weight_sum = weight && smoothing != 0 ? sum(weight, V) : V;
-  parallel_for(M, rows_per_thread(V), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = target[i];
-      const T* row = x + i * V;
-      T* out = dx + i * V;
-      if (t == ignore_index) {
-        std::memset(out, 0, V * sizeof(T));
-        continue;
+  with_stores(dx, M, V, [&](auto stores) {
+    parallel_for(M, rows_per_thread(V), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = target[i];
+        const T* row = x + i * V;
+        T* out = dx + i * V;
+        if (t == ignore_index) {
+          std::memset(out, 0, V * sizeof(T));
+          continue;
+        }
+        const float g = dloss[i];
+        const float hit = (1 - smoothing) * (weight ? weight[t] : 1.0f);
+        const float scale = g * (hit + smooth * weight_sum + 2 * z_loss * lse[i]);
+        const f32v at_target = load_n(row + t, 1);  // before dx overwrites it, if it does
+        for_each_vector(V, [&](int64_t c, auto part) {
+          const f32v logit = part.load(row + c);
+          f32v grad = scale * exp2((cap(logit) - lse[i]) * kLog2E);
+          if (smooth != 0) grad -= g * smooth * (weight ? part.load(weight + c) : set1(1.0f));
+          stores.store(part, out + c, grad * cap.slope(logit));
+        });
+        // The target's entry once more, in fp32 before it is rounded to the storage type.
+        f32v grad = scale * exp(cap(at_target) - lse[i]) - g * hit;
+        if (smooth != 0) grad -= set1(g * smooth * (weight ? weight[t] : 1.0f));
+        store_n(out + t, grad * cap.slope(at_target), 1);
       }
-      const float g = dloss[i];
-      const float hit = (1 - smoothing) * (weight ? weight[t] : 1.0f);
-      const float scale = g * (hit + smooth * weight_sum + 2 * z_loss * lse[i]);
-      const f32v at_target = load_n(row + t, 1);  // before dx overwrites it, if it does
-      for_each_vector(V, [&](int64_t c, auto part) {
-        const f32v logit = part.load(row + c);
-        f32v grad = scale * exp(cap(logit) - lse[i]);
-        if (smooth != 0) grad -= g * smooth * (weight ? part.load(weight + c) : set1(1.0f));
-        part.store(out + c, grad * cap.slope(logit));
-      });
-      // The target's entry once more, in fp32 before it is rounded to the storage type.
-      f32v grad = scale * exp(cap(at_target) - lse[i]) - g * hit;
-      if (smooth != 0) grad -= set1(g * smooth * (weight ? weight[t] : 1.0f));
-      store_n(out + t, grad * cap.slope(at_target), 1);
-    }
+    });
   });
 }
 

@@ -10,7 +10,7 @@
 // by blocks of rows, a row of `partial` (blocks, N) each, and those in order.
 #include "isa.h"
 #include "parallel.h"
-#include "simd.h"
+#include "stream.h"
 
 #include <algorithm>
 
@@ -46,18 +46,23 @@ inline f32v normal_cdf(f32v x) {
 }
 
 struct TanhForm {
+  static constexpr float kLog2E = 1.4426950408889634f;
+  static constexpr float kTwoU = 2 * kSqrt2OverPi;
+  // exp(-2 u) for x >= -10, where it is 2^126.
+  static f32v exponential(f32v x) {
+    return exp2(x * (x * x * (-kTwoU * kCubic * kLog2E) - kTwoU * kLog2E));
+  }
   static f32v value(f32v x) {
-    const f32v two_u = 2 * kSqrt2OverPi * (x + kCubic * x * x * x);
-    return x * sigmoid(two_u);
+    const f32v c = max(set1(-10.0f), x);  // Phi(-10) is 2^-126, next to nothing
+    return c * reciprocal(1.0f + exponential(c));
   }
   static f32v slope(f32v x) {
     // Beyond |x| = 10 the slope is 0 or 1 to the last bit; clamping keeps x^2 from overflowing.
     const f32v c = min(set1(10.0f), max(set1(-10.0f), x));
     // s and 1 - s from one exponential: 1 - s by subtraction would lose digits that u' brings back.
-    const f32v e = exp(-2 * kSqrt2OverPi * (c + kCubic * c * c * c));
-    const f32v s = 1.0f / (1.0f + e);
-    const f32v two_du = 2 * kSqrt2OverPi * (1.0f + 3 * kCubic * c * c);
-    return s + c * s * (e * s) * two_du;
+    const f32v e = exponential(c), s = reciprocal(1.0f + e);
+    const f32v two_du = c * c * (3 * kTwoU * kCubic) + kTwoU;
+    return s + (c * s) * (e * s) * two_du;
   }
 };
 
@@ -94,11 +99,15 @@ inline void with_gelu_form(bool tanh_form, const Body& body) {
   tanh_form ? body(TanhForm{}) : body(ErfForm{});
 }
 
-// Splits the elements of an (M, N) matrix over threads; body(i, j, n) gets n elements of row i from
-// column j on.
+// Splits the elements of an (M, N) matrix over threads, at whole cache lines; body(i, j, n) gets n
+// elements of row i from column j on.
 template <class Body>
 inline void for_each_piece(int64_t M, int64_t N, const Body& body) {
-  parallel_for(M * N, kGrain, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64;  // elements: at least a line of any dtype
+  const int64_t elements = M * N;
+  parallel_for((elements + kLine - 1) / kLine, kGrain / kLine, [&](int64_t first, int64_t last) {
+    int64_t begin = first * kLine;
+    const int64_t end = std::min(last * kLine, elements);
     while (begin < end) {
       const int64_t i = begin / N, j = begin % N, n = std::min(N - j, end - begin);
       body(i, j, n);
@@ -109,22 +118,26 @@ inline void for_each_piece(int64_t M, int64_t N, const Body& body) {
 
 template <class Form, class T>
 void forward(const T* x, const float* bias, T* y, int64_t M, int64_t N) {
-  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
-    const int64_t at = row * N + col;
-    for_each_vector(n, [&](int64_t i, auto part) {
-      f32v z = part.load(x + at + i);
-      if (bias) z += part.load(bias + col + i);
-      part.store(y + at + i, Form::value(z));
+  with_stores(y, M, N, [&](auto out) {
+    for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+      const int64_t at = row * N + col;
+      for_each_vector(n, [&](int64_t i, auto part) {
+        f32v z = part.load(x + at + i);
+        if (bias) z += part.load(bias + col + i);
+        out.store(part, y + at + i, Form::value(z));
+      });
     });
   });
 }
 
 template <class Form, class T>
 void backward(const T* dy, const T* x, T* dx, int64_t n) {
-  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
-    for_each_vector(end - begin, [&](int64_t i, auto part) {
-      const f32v slope = Form::slope(part.load(x + begin + i));
-      part.store(dx + begin + i, part.load(dy + begin + i) * slope);
+  with_stores(dx, 1, n, [&](auto out) {
+    for_each_piece(1, n, [&](int64_t, int64_t begin, int64_t size) {
+      for_each_vector(size, [&](int64_t i, auto part) {
+        const f32v slope = Form::slope(part.load(x + begin + i));
+        out.store(part, dx + begin + i, part.load(dy + begin + i) * slope);
+      });
     });
   });
 }
@@ -133,18 +146,21 @@ template <class Form, class T>
 void backward_with_bias(const T* dy, const T* x, const float* bias, T* dx, float* db,
                         float* partial, int64_t blocks, int64_t M, int64_t N) {
   const int64_t elements = std::max<int64_t>(M * N, 1);
-  parallel_for(blocks, (kGrain * blocks + elements - 1) / elements, [&](int64_t b, int64_t end) {
-    for (; b < end; ++b) {
-      float* sums = db ? partial + b * N : nullptr;
-      if (db) std::memset(sums, 0, N * sizeof(float));
-      for (int64_t row = b * M / blocks; row < (b + 1) * M / blocks; ++row)
-        for_each_vector(N, [&](int64_t j, auto part) {
-          const f32v slope = Form::slope(part.load(x + row * N + j) + part.load(bias + j));
-          const f32v dz = part.load(dy + row * N + j) * slope;
-          if (dx) part.store(dx + row * N + j, dz);
-          if (db) part.store(sums + j, part.load(sums + j) + dz);
-        });
-    }
+  with_stores(dx, M, N, [&](auto out) {
+    const int64_t grain = (kGrain * blocks + elements - 1) / elements;
+    parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        float* sums = db ? partial + b * N : nullptr;
+        if (db) std::memset(sums, 0, N * sizeof(float));
+        for (int64_t row = b * M / blocks; row < (b + 1) * M / blocks; ++row)
+          for_each_vector(N, [&](int64_t j, auto part) {
+            const f32v slope = Form::slope(part.load(x + row * N + j) + part.load(bias + j));
+            const f32v dz = part.load(dy + row * N + j) * slope;
+            if (dx) out.store(part, dx + row * N + j, dz);
+            if (db) part.store(sums + j, part.load(sums + j) + dz);
+          });
+      }
+    });
   });
   if (!db) return;
   parallel_for(N, kGrain / blocks + W, [&](int64_t begin, int64_t end) {

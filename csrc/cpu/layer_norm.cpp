@@ -37,17 +37,18 @@ inline int64_t rows_per_thread(int64_t N) {
   return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1;
 }
 
-// y = (row - mean) rstd w + b; returns mean, 0 without `centre`, and rstd.
-template <class R, class T>
-void normalise_row(const R* row, const float* w, const float* b, T* y, int64_t N, float eps,
+// y = (row - mean) rstd w + b, of a row in fp32 whose sum is known; returns mean, 0 without `centre`,
+// and rstd.
+template <class T>
+void normalise_row(const float* row, const float* w, const float* b, T* y, int64_t N, float eps,
                    float sum, bool centre, float* mean, float* rstd) {
   const float mu = centre ? sum / N : 0.0f;
-  f32v squares{};
-  for_each_vector(N, [&](int64_t j, auto part) {
+  float squares[1];
+  sum_vectors(N, squares, [&](int64_t j, auto part, f32v* sums) {
     const f32v centred = part.live(part.load(row + j) - mu, f32v{});
-    squares += centred * centred;
+    sums[0] += centred * centred;
   });
-  const float rs = 1.0f / std::sqrt(reduce_add(squares) / N + eps);
+  const float rs = 1.0f / std::sqrt(squares[0] / N + eps);
   for_each_vector(N, [&](int64_t j, auto part) {
     f32v v = (part.load(row + j) - mu) * rs;
     if (w) v *= part.load(w + j);
@@ -63,27 +64,27 @@ void forward(const T* x, const R* residual, const float* x_bias, const float* w,
              T* y, R* r, float* mean, float* rstd, int64_t M, int64_t N, float eps,
              const RowDropout& dropout) {
   parallel_for(M, rows_per_thread(N), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    float* row = scratch.reserve(N);  // in fp32: later sweeps convert nothing
     for (int64_t i = begin; i < end; ++i) {
       const T* branch = x + i * N;
-      float* mu = mean ? mean + i : nullptr;
-      f32v sum{};
-      if (!residual) {
-        if (mean) for_each_vector(N, [&](int64_t j, auto part) { sum += part.load(branch + j); });
-        normalise_row(branch, w, b, y + i * N, N, eps, reduce_add(sum), mean, mu, rstd + i);
-        continue;
-      }
-      const R* stream = residual + i * N;
-      R* row = r + i * N;
-      const float* z = dropout.row(i, N);
-      for_each_vector(N, [&](int64_t j, auto part) {
+      const R* stream = residual ? residual + i * N : nullptr;
+      const float* z = residual ? dropout.row(i, N) : nullptr;
+      float sum[1];
+      sum_vectors(N, sum, [&](int64_t j, auto part, f32v* sums) {
         f32v v = part.load(branch + j);
-        if (x_bias) v += part.load(x_bias + j);
-        if (z) v *= part.load(z + j);
-        v += part.load(stream + j);
+        if (stream) {
+          if (x_bias) v += part.load(x_bias + j);
+          if (z) v *= part.load(z + j);
+          v += part.load(stream + j);
+          part.store(r + i * N + j, v);
+          v = round_to(v, R{});
+        }
         part.store(row + j, v);
-        sum += part.load(row + j);  // as rounded
+        sums[0] += part.live(v, f32v{});
       });
-      normalise_row(row, w, b, y + i * N, N, eps, reduce_add(sum), mean, mu, rstd + i);
+      normalise_row(row, w, b, y + i * N, N, eps, sum[0], mean != nullptr,
+                    mean ? mean + i : nullptr, rstd + i);
     }
   });
 }
@@ -96,45 +97,37 @@ struct RowGradients {
   float *dw, *db, *dx_bias;  // added to
 };
 
+// xhat and wdy are scratch of N floats each.
 template <class T, class R>
 void backward_row(const R* r, const T* dy, const R* dr, const float* w, float mu, float rs,
-                  bool centre, const float* z, RowGradients<T, R> out, int64_t N) {
+                  bool centre, const float* z, RowGradients<T, R> out, float* xhat, float* wdy,
+                  int64_t N) {
   float c1 = 0, c2 = 0;
-  const bool through = out.dresidual || out.dx || out.dx_bias;
-  if (dy && through) {
-    f32v sum1{}, sum2{};
-    for_each_vector(N, [&](int64_t j, auto part) {
-      const f32v xhat = (part.load(r + j) - mu) * rs;
-      f32v wdy = part.load(dy + j);
-      if (w) wdy *= part.load(w + j);
-      sum1 += wdy * xhat;  // lanes past the end hold wdy = 0
-      sum2 += wdy;
-    });
-    c1 = reduce_add(sum1) / N;
-    if (centre) c2 = reduce_add(sum2) / N;
-  }
-  if (through)
-    for_each_vector(N, [&](int64_t j, auto part) {
-      f32v total{};
-      if (dy) {
-        const f32v xhat = (part.load(r + j) - mu) * rs;
-        f32v wdy = part.load(dy + j);
-        if (w) wdy *= part.load(w + j);
-        total = (wdy - c1 * xhat - c2) * rs;
-      }
-      if (dr) total += part.load(dr + j);
-      if (out.dresidual) part.store(out.dresidual + j, total);
-      if (z) total *= part.load(z + j);
-      if (out.dx) part.store(out.dx + j, total);
-      if (out.dx_bias) part.store(out.dx_bias + j, part.load(out.dx_bias + j) + total);
-    });
-  if (dy && (out.dw || out.db))
-    for_each_vector(N, [&](int64_t j, auto part) {
-      const f32v g = part.load(dy + j);
-      const f32v xhat = (part.load(r + j) - mu) * rs;
-      if (out.dw) part.store(out.dw + j, part.load(out.dw + j) + g * xhat);
+  if (dy) {
+    float sums[2];
+    sum_vectors(N, sums, [&](int64_t j, auto part, f32v* totals) {
+      const f32v g = part.load(dy + j), normalised = (part.load(r + j) - mu) * rs;
+      const f32v weighted = w ? g * part.load(w + j) : g;
+      if (out.dw) part.store(out.dw + j, part.load(out.dw + j) + g * normalised);
       if (out.db) part.store(out.db + j, part.load(out.db + j) + g);
+      part.store(xhat + j, normalised);
+      part.store(wdy + j, weighted);
+      totals[0] += weighted * normalised;  // lanes past the end hold g = 0
+      totals[1] += weighted;
     });
+    c1 = sums[0] / N;
+    if (centre) c2 = sums[1] / N;
+  }
+  if (!out.dresidual && !out.dx && !out.dx_bias) return;
+  for_each_vector(N, [&](int64_t j, auto part) {
+    f32v total{};
+    if (dy) total = (part.load(wdy + j) - c1 * part.load(xhat + j) - c2) * rs;
+    if (dr) total += part.load(dr + j);
+    if (out.dresidual) part.store(out.dresidual + j, total);
+    if (z) total *= part.load(z + j);
+    if (out.dx) part.store(out.dx + j, total);
+    if (out.dx_bias) part.store(out.dx_bias + j, part.load(out.dx_bias + j) + total);
+  });
 }
 
 template <class T, class R>
@@ -145,6 +138,8 @@ void backward(const R* r, const T* dy, const R* dr, const float* w, const float*
   const bool needs_z = dx || sums[2];
   const int64_t grain = (rows_per_thread(N) * blocks + M - 1) / (M ? M : 1);
   parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    float* xhat = scratch.reserve(2 * N);
     for (int64_t block = begin; block < end; ++block) {
       float* part[3] = {};
       for (int k = 0; k < 3; ++k)
@@ -157,7 +152,7 @@ void backward(const R* r, const T* dy, const R* dr, const float* w, const float*
                                      dx ? dx + i * N : nullptr, part[0], part[1], part[2]};
         backward_row(r + i * N, dy ? dy + i * N : nullptr, dr ? dr + i * N : nullptr, w,
                      mean ? mean[i] : 0.0f, rstd[i], mean != nullptr,
-                     needs_z ? dropout.row(i, N) : nullptr, out, N);
+                     needs_z ? dropout.row(i, N) : nullptr, out, xhat, xhat + N, N);
       }
     }
   });

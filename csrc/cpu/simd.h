@@ -171,6 +171,13 @@ inline u16v to_bits(f32v v, f16) {
 #endif
 }
 
+// The nearest value that a storage type holds.
+inline f32v round_to(f32v v, float) { return v; }
+template <class T>
+inline f32v round_to(f32v v, T) {
+  return from_bits(to_bits(v, T{}), T{});
+}
+
 // ---- Loads and stores: unaligned, and of the first n lanes only (the rest read as zero) --------
 
 inline f32v load(const float* p) {
@@ -250,6 +257,33 @@ inline void for_each_vector(int64_t n, Body&& body) {
   int64_t i = 0;
   for (; i + W <= n; i += W) body(i, Whole{});
   if (i < n) body(i, Tail{n - i});
+}
+
+// Adds term(j, part, sums) over all vectors of [0, n), where sums are K vectors that it adds to. Four
+// sets of them take turns, so that additions do not wait for each other.
+template <int K, class Term>
+inline void sum_vectors(int64_t n, float (&totals)[K], Term&& term) {
+  f32v a[K]{}, b[K]{}, c[K]{}, d[K]{};
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W) {
+    term(j, Whole{}, a);
+    term(j + W, Whole{}, b);
+    term(j + 2 * W, Whole{}, c);
+    term(j + 3 * W, Whole{}, d);
+  }
+  for (; j + W <= n; j += W) term(j, Whole{}, a);
+  if (j < n) term(j, Tail{n - j}, b);
+  for (int k = 0; k < K; ++k) totals[k] = reduce_add((a[k] + b[k]) + (c[k] + d[k]));
+}
+
+// 1 / x to 2 ulp, for 2^-126 <= |x| <= 2^126 and NaN: the divider takes twice as long.
+inline f32v reciprocal(f32v x) {
+#if GPTFAST_VECTOR_BYTES == 64
+  const f32v y = _mm512_rcp14_ps(x);
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
 }
 
 // ---- exp, erfc, tanh ----------------------------------------------------------------------------

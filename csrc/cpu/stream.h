@@ -1,0 +1,87 @@
+// Stores that pass by the caches, for results that the caches could not hold anyway.
+#pragma once
+#include "parallel.h"  // whose threads end with a fence
+#include "simd.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace gptfast::GPTFAST_ISA {
+namespace {
+
+// From how many bytes on a result is streamed. Measured on two cores with 2 MB of second-level cache
+// each: a copy that is read again at once is as fast either way at 24 MB, and from 48 MB on faster
+// streamed, by 1.2; one that is not is faster at any size, by 1.3 to 1.6, since a plain store first
+// reads the line that it overwrites. Below, the next op finds the result in a cache.
+constexpr int64_t kStreamBytes = 20'000'000;
+
+struct PlainStores {
+  template <class Part, class T>
+  void store(Part part, T* p, f32v v) const {
+    part.store(p, v);
+  }
+};
+
+struct StreamingStores {
+  template <class T>
+  void store(Tail part, T* p, f32v v) const {
+    part.store(p, v);
+  }
+  void store(Whole, float* p, f32v v) const {
+#if GPTFAST_VECTOR_BYTES == 64
+    _mm512_stream_ps(p, v);
+#elif GPTFAST_VECTOR_BYTES == 32
+    _mm256_stream_ps(p, v);
+#else
+    GPTFAST_ISA::store(p, v);
+#endif
+  }
+  template <class T>
+  void store(Whole, T* p, f32v v) const {
+#if GPTFAST_VECTOR_BYTES == 64
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(to_bits(v, T{})));
+#elif GPTFAST_VECTOR_BYTES == 32
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(to_bits(v, T{})));
+#else
+    GPTFAST_ISA::store(p, v);
+#endif
+  }
+};
+
+// Whether memory has no pages yet. Large results often have none: glibc maps anew what is larger than
+// 32 MiB. Then asks for huge pages: a fault for each 4 KB costs several times the arithmetic.
+inline bool is_fresh(const void* result, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result), middle = begin + bytes / 2;
+  unsigned char resident = 1;
+  if (mincore(reinterpret_cast<void*>(middle / kPage * kPage), kPage, &resident) || resident & 1)
+    return false;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Calls body with the stores that suit a result of M rows and N columns, of which every row is
+// written from its first column, or from a multiple of 64 columns.
+template <class T, class Body>
+inline void with_stores(const T* result, int64_t M, int64_t N, const Body& body) {
+  constexpr int64_t kAlignment = W * sizeof(T);
+  const int64_t row_bytes = N * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(result) % kAlignment == 0 &&
+                       (M == 1 || row_bytes % kAlignment == 0);
+  const bool large = M * row_bytes >= kStreamBytes;
+  // The system has just cleared fresh pages, in the caches: they are no place to stream past.
+  if (!large || is_fresh(result, M * row_bytes) || W == 4 || !aligned)
+    body(PlainStores{});
+  else
+    body(StreamingStores{});
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_ISA
