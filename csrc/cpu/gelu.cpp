@@ -53,8 +53,8 @@ struct TanhForm {
     return exp2(x * (x * x * (-kTwoU * kCubic * kLog2E) - kTwoU * kLog2E));
   }
   static f32v value(f32v x) {
-    const f32v c = max(set1(-10.0f), x);  // Phi(-10) is 2^-126, next to nothing
-    return c * reciprocal(1.0f + exponential(c));
+    const f32v phi = reciprocal(1.0f + exponential(max(set1(-10.0f), x)));
+    return x * select(x < -10.0f, f32v{}, phi);  // from 2^-126 on it is nothing
   }
   static f32v slope(f32v x) {
     // Beyond |x| = 10 the slope is 0 or 1 to the last bit; clamping keeps x^2 from overflowing.
