@@ -17,7 +17,6 @@
 // Kernels take tuples (address and strides, shape, options) instead of some thirty scalars.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "attention_products.h"
 #include "attention_scores.h"
@@ -87,20 +86,23 @@ inline int64_t lse_index(const AttentionShape& shape, int64_t b, int64_t h, int6
 class Tasks {
  public:
   template <class Count>
-  Tasks(const AttentionShape& shape, const Count& tasks_of) : ends_(shape.B) {
+  Tasks(const AttentionShape& shape, const Count& tasks_of)
+      : sequences_(shape.B), ends_(memory_.reserve<int64_t>(shape.B)) {
     for (int64_t b = 0; b < shape.B; ++b)
       ends_[b] = (b ? ends_[b - 1] : 0) + tasks_of(Sequence(shape, b));
   }
-  int64_t size() const { return ends_.empty() ? 0 : ends_.back(); }
+  int64_t size() const { return sequences_ ? ends_[sequences_ - 1] : 0; }
   // The sequence of a task, and which of that sequence's it is.
   int64_t find(int64_t task, int64_t* index) const {
-    const int64_t b = std::upper_bound(ends_.begin(), ends_.end(), task) - ends_.begin();
+    const int64_t b = std::upper_bound(ends_, ends_ + sequences_, task) - ends_;
     *index = task - (b ? ends_[b - 1] : 0);
     return b;
   }
 
  private:
-  std::vector<int64_t> ends_;
+  Scratch memory_;
+  int64_t sequences_;
+  int64_t* ends_;
 };
 
 inline int64_t flops_of_product(const AttentionShape& shape) {
