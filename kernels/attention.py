@@ -56,9 +56,10 @@ class Config:
 # tiles tried, an entry is the largest for which the compiler (Triton 3.9) spills none; where tiles
 # were timed, the fastest of those. Dropout has its own entries because its counters (four words of
 # Philox for eight scores) need up to 80 registers. The static report compiles all entries without
-# dropout, and those of 64 and 128 with it. What remains: dq of 256 columns in fp32 spills on
-# NVIDIA's cards, whatever the tile: outside the matrix units a product has whole rows of both
-# operands in registers, here those of q and do besides.
+# dropout, and those of 64 and 128 with it. What spills is in
+# KNOWN_SPILLS of tests/test_static_report.py. dq of 256 columns in fp32 does on NVIDIA's cards
+# with every tile tried: outside the matrix units a product has whole rows of both operands in
+# registers, here those of q and do besides.
 Tile = tuple[int, int, int, int]
 Tiles = Mapping[str, Mapping[int, tuple[Tile, Tile]]]
 

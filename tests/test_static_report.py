@@ -34,12 +34,86 @@ MEMORY_BOUND = {
 }
 MATRIX_OPS = ("attention", "attention_varlen", "linear_cross_entropy")
 
-# Bytes a thread, by kernel, dtype, head dim and target; `kernels/attention.py` says why.
-KNOWN_SPILLS: dict[tuple[str, str, int, str], int] = {}
+# Bytes a thread, by shape, kernel, dtype and target: tiles that nobody has mended yet.
+KNOWN_SPILLS: dict[tuple[str, str, str, str], int] = {
+    (
+        "1x2x1x128x128x128-causal=True-dropout_p=0.1",
+        "attention_bwd_dkdv_kernel",
+        "half",
+        "sm_100",
+    ): 296,
+    (
+        "1x2x1x128x128x128-causal=True-dropout_p=0.1",
+        "attention_bwd_dkdv_kernel",
+        "half",
+        "sm_80",
+    ): 8,
+    (
+        "1x2x1x128x128x128-causal=True-dropout_p=0.1",
+        "attention_bwd_dkdv_kernel",
+        "half",
+        "sm_90",
+    ): 32,
+    (
+        "1x2x1x128x128x128-causal=True-dropout_p=0.1",
+        "attention_bwd_dq_kernel",
+        "half",
+        "sm_120",
+    ): 24,
+    ("1x2x1x256x256x16-causal=True", "attention_bwd_dkdv_kernel", "half", "sm_90"): 72,
+    (
+        "1x2x1x256x256x64-causal=True-window=(63, 0)-softcap=30.0-alibi=shared",
+        "attention_bwd_dkdv_kernel",
+        "float32",
+        "sm_120",
+    ): 8,
+    (
+        "1x2x1x256x256x64-causal=True-window=(63, 0)-softcap=30.0-alibi=shared",
+        "attention_bwd_dkdv_kernel",
+        "float32",
+        "sm_80",
+    ): 32,
+    (
+        "1x2x1x256x256x64-causal=True-window=(63, 0)-softcap=30.0-alibi=shared",
+        "attention_bwd_dkdv_kernel",
+        "half",
+        "sm_100",
+    ): 120,
+    (
+        "1x2x1x256x256x64-causal=True-window=(63, 0)-softcap=30.0-alibi=shared",
+        "attention_bwd_dq_kernel",
+        "half",
+        "gfx942",
+    ): 236,
+    ("1x2x2x256x256x256-causal=True", "attention_bwd_dq_kernel", "float32", "sm_100"): 256,
+    ("1x2x2x256x256x256-causal=True", "attention_bwd_dq_kernel", "float32", "sm_120"): 264,
+    ("1x2x2x256x256x256-causal=True", "attention_bwd_dq_kernel", "float32", "sm_80"): 240,
+    ("1x2x2x256x256x256-causal=True", "attention_bwd_dq_kernel", "float32", "sm_90"): 256,
+    ("1x2x2x256x256x256-causal=True", "attention_fwd_kernel", "float32", "gfx942"): 568,
+    (
+        "2x1x128-lengths=((100, 100), (150, 150))-causal=True",
+        "attention_bwd_dkdv_kernel",
+        "float32",
+        "sm_80",
+    ): 16,
+    (
+        "2x1x128-lengths=((100, 100), (150, 150))-causal=True",
+        "attention_bwd_dq_kernel",
+        "half",
+        "sm_120",
+    ): 8,
+    (
+        "2x1x64-lengths=((100, 100), (150, 150))-causal=True",
+        "attention_bwd_dkdv_kernel",
+        "half",
+        "sm_100",
+    ): 8,
+}
 
 
-def spill_key(row: Row) -> tuple[str, str, int, str]:
-    return (row.kernel, row.dtype, last_size(row), row.target)
+def spill_key(row: Row) -> tuple[str, str, str, str]:
+    dtype = row.dtype if row.dtype == "float32" else "half"
+    return (row.shape, row.kernel, dtype, row.target)
 
 
 have_table = pytest.mark.skipif(not ROWS, reason="no table yet: `make static` writes it")

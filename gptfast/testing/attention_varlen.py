@@ -145,6 +145,6 @@ ROW = OpRow(
     tail=lambda n: _case((2, 1, n), lengths=((n, n + 2), (2, n)), causal=n % 2 == 0),
     many=_case((4, 2, 32), lengths=((100, 120), (7, 90)), causal=True, dropout_p=0.1),
     reports=tuple(
-        _case((2, 1, D), lengths=((200, 200), (300, 300)), causal=True) for D in (64, 128)
+        _case((2, 1, D), lengths=((100, 100), (150, 150)), causal=True) for D in (64, 128)
     ),
 )
