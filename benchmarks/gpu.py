@@ -34,14 +34,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmarks/gpu.py`
 
 import gptfast
-from benchmarks.gpu_works import EAGER, Function, Tensors, Work, random, works
-from benchmarks.timing import Timing, summarise
+from benchmarks.gpu_works import Function, Tensors, Work, random, works
+from benchmarks.timing import COMPILED, EAGER, OURS, Timing, summarise
 from gptfast.models import GPT, GPTConfig
 from gptfast.optim import AdamW
 from gptfast.testing import assert_close_in_norm
 
-OURS = "gptfast"
-COMPILED = "torch.compile"
 CACHE = 150e6  # bytes of inputs in all sets: three times the second-level cache of an H100
 MOST_SETS = 8
 

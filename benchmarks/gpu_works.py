@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gptfast
+from benchmarks.timing import EAGER
 from gptfast.ops.philox import row_factors
 
 DEVICE = "cuda"
-EAGER = "torch eager"
 Tensors = Sequence[torch.Tensor]
 Function = Callable[..., Any]
 

@@ -27,18 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmar
 
 import gptfast
 from benchmarks.stock_gpt import StockGPT
-from benchmarks.timing import Timing, interleave
+from benchmarks.timing import COMPILED, EAGER, OURS, Timing, interleave
 from gptfast.data import Dataset, read_text
 from gptfast.generate import generate
 from gptfast.integrations.huggingface import save_gpt2
 from gptfast.models import GPT, GPTConfig
 from gptfast.nn import quantize
 
-OURS = "gptfast"
 OURS_COMPILED = "gptfast, compiled"  # on a GPU, where launches from Python cost as much as kernels
 QUANTIZED = {"gptfast int8": "int8", "gptfast int4": "int4"}  # generating on a CPU
-EAGER = "torch eager"
-COMPILED = "torch.compile"
 TRANSFORMERS = "transformers"  # generating on a CPU, where it is installed
 PEERS = (EAGER, COMPILED, TRANSFORMERS)
 

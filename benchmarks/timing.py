@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+OURS, EAGER, COMPILED = "gptfast", "torch eager", "torch.compile"  # who is timed
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -211,8 +211,10 @@ def _steps(
                 cache.reset()
                 seen = seen[:, -max(1, block_size // 2) :]
             new = seen[:, cache.length :]
-            takes = fast is not None and fast.takes(new.shape[1])
-            logits = fast(new) if fast and takes else model(new, cache=cache)[0]
+            if fast is not None and fast.takes(new.shape[1]):
+                logits = fast(new)
+            else:
+                logits = model(new, cache=cache)[0]
             token = _draw(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)
             yield token
             seen = torch.cat([seen, token], dim=1)

@@ -14,7 +14,8 @@ from benchmarks.cpu import __main__ as command
 from benchmarks.cpu import memory, report, worker
 from benchmarks.cpu.differentiated import built
 from benchmarks.cpu.report import WARMED, Row
-from benchmarks.cpu.works import EAGER, OURS, Limit, Work, all_works
+from benchmarks.cpu.works import Limit, Work, all_works
+from benchmarks.timing import EAGER, OURS
 from gptfast import backend
 
 pytestmark = pytest.mark.skipif(backend.extension() is None, reason="the loops are in gptfast._C")

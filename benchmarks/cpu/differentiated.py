@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu.works import COMPILED, EAGER, OURS, Built, Call, Limit, compiled
+from benchmarks.cpu.works import Built, Call, Limit, compiled
+from benchmarks.timing import COMPILED, EAGER, OURS
 from gptfast.testing import OPS, Case, run_case
 
 Function = Callable[..., Any]

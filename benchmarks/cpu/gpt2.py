@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu.works import COMPILED, EAGER, OURS, Built, Call, Limit, Work, compiled
+from benchmarks.cpu.works import Built, Call, Limit, Work, compiled
 from benchmarks.run import check_equal
 from benchmarks.stock_gpt import StockGPT
+from benchmarks.timing import COMPILED, EAGER, OURS
 from gptfast import optim
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops.adamw import OP as ADAMW
@@ -52,6 +53,17 @@ def _loss(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, y: forward(x, y, **options)[1]
 
 
+@torch.no_grad()
+def _check_losses(
+    models: dict[str, Any], x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype
+) -> None:
+    ours, theirs = (_loss(name, models[name])(x, y) for name in (OURS, EAGER))
+    # As in check_equal for fp32; bf16 rounds each of 12 layers' results by up to 2^-8.
+    bound = 2e-4 if dtype == torch.float32 else 1e-2
+    if not (ours - theirs).abs() <= bound * theirs.abs():
+        raise AssertionError(f"gptfast's loss is {ours}, stock PyTorch's {theirs}")
+
+
 def _step(
     loss_of: Callable[..., Any],
     optimizer: torch.optim.Optimizer,
@@ -86,7 +98,12 @@ def _training(batch_size: int, T: int) -> Callable[[torch.dtype, bool], Built]:
             for name, model in models.items()
         }
         limit = Limit(flops=_flops(config, x.numel(), True))
-        check = lambda: check_equal(models[OURS], models[EAGER], x, y)  # noqa: E731
+
+        def check() -> None:
+            check_equal(models[OURS], models[EAGER], x, y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as it is timed
+                _check_losses(models, x, y, dtype)
+
         return Built({"step": calls}, {"step": limit}, check)
 
     return build
@@ -100,12 +117,7 @@ def _forward(dtype: torch.dtype, compile: bool) -> Built:
     limit = Limit(flops=_flops(config, x.numel(), False))
 
     def check() -> None:
-        with torch.no_grad():
-            losses = [model(x, y)[1] for model in models.values()]
-        # As in check_equal for fp32; bf16 rounds each of 12 layers' results by up to 2^-9.
-        bound = 2e-4 if dtype == torch.float32 else 1e-2
-        if not (losses[0] - losses[1]).abs() <= bound * losses[1].abs():
-            raise AssertionError(f"gptfast's loss is {losses[0]}, stock PyTorch's {losses[1]}")
+        _check_losses(models, x, y, dtype)
 
     def call(name: str, forward: Callable[..., Any]) -> Call:
         loss_of = _loss(name, forward)

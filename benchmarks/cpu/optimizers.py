@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.ceiling import Sweep
-from benchmarks.cpu.works import COMPILED, EAGER, OURS, Built, Call, Limit, Work, compiled
+from benchmarks.cpu.works import Built, Call, Limit, Work, compiled
+from benchmarks.timing import COMPILED, EAGER, OURS
 from gptfast import optim
 from gptfast.models import GPT, GPTConfig
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.cpu.works import OURS
+from benchmarks.timing import OURS
 
 WARMED = " (warmed)"  # ends the name of a contender that ran on the warmed allocator
 

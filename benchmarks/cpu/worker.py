@@ -19,8 +19,8 @@ import tyro
 from benchmarks.ceiling import SweepCall
 from benchmarks.cpu import memory
 from benchmarks.cpu.report import Row
-from benchmarks.cpu.works import COMPILED, OURS, Call, Limit, Work, all_works
-from benchmarks.timing import Timing, interleave
+from benchmarks.cpu.works import Call, Limit, Work, all_works
+from benchmarks.timing import COMPILED, OURS, Timing, interleave
 from gptfast import backend
 
 CEILING = "ceiling: "  # begins the names of what runs beside the contenders as the limit

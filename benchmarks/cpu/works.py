@@ -11,7 +11,6 @@ import torch._inductor
 
 from benchmarks.ceiling import Sweep
 
-OURS, EAGER, COMPILED = "gptfast", "torch eager", "torch.compile"
 Call = Callable[[], object]
 
 

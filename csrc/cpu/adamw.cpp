@@ -124,14 +124,11 @@ void adamw(const int64_t* tensor_table, const int64_t* chunk_table, const double
   const auto* chunks = reinterpret_cast<const Chunk*>(chunk_table);
   const auto* groups = reinterpret_cast<const Group*>(hyper);
   auto* scalars = reinterpret_cast<Scalars*>(scalar_table);
-  auto for_each_chunk = [&](auto&& body) {  // body(number, tensor, first element, elements)
-    int64_t elements = 0;
-    for (int64_t i = 0; i < n_tensors; ++i) elements += tensors[i].numel;
-    // A thread gets work for some ten microseconds at least.
-    constexpr int64_t kGrainElements = 32768;
-    const int64_t grain = kGrainElements * n_chunks / (elements + 1) + 1;
-    parallel_for(n_chunks, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
-  };
+  int64_t elements = 0;
+  for (int64_t i = 0; i < n_tensors; ++i) elements += tensors[i].numel;
+  // A thread gets work for some ten microseconds at least.
+  constexpr int64_t kGrainElements = 32768;
+  const int64_t grain = kGrainElements * n_chunks / (elements + 1) + 1;
   auto elements_of = [&](int64_t i) {
     const int64_t left = tensors[chunks[i].tensor].numel - chunks[i].number * chunk;
     return left < chunk ? left : chunk;
@@ -139,7 +136,7 @@ void adamw(const int64_t* tensor_table, const int64_t* chunk_table, const double
 
   double factor = grad_scale ? 1.0 / *grad_scale : 1.0;
   if (max_norm >= 0) {
-    for_each_chunk([&](int64_t begin, int64_t end) {
+    parallel_for(n_chunks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Tensor& t = tensors[chunks[i].tensor];
         with_dtype(static_cast<DType>(t.g_code), [&](auto g_type) {
@@ -163,7 +160,7 @@ void adamw(const int64_t* tensor_table, const int64_t* chunk_table, const double
     const float step = *at<float>(t.step) += 1;
     scalars[i] = scalars_of(group, t.lr ? *at<const float>(t.lr) : group.lr, step, factor);
   }
-  for_each_chunk([&](int64_t begin, int64_t end) {
+  parallel_for(n_chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = end; i-- > begin;) {
       const int64_t tensor = chunks[i].tensor;
       update_chunk(tensors[tensor], chunks[i].number * chunk, elements_of(i), scalars[tensor]);

@@ -351,7 +351,7 @@ void backward_part(const Backward& call, int64_t b, Range heads, Range queries, 
           lse[m] = INFINITY, delta[m] = 0;
           if (m >= n_queries) continue;
           const int64_t at = lse_index(shape, b, h, first_q + m);
-          if (call.lse[at] != -INFINITY) lse[m] = call.lse[at] * kLog2e;
+          if (call.lse[at] != -INFINITY) lse[m] = call.lse[at] * kLog2E;
           const T* o_row = row<const T>(call.o, b, h, first_q + m);
           const T* do_row = row<const T>(call.dout, b, h, first_q + m);
           f32v dot{};

@@ -20,10 +20,6 @@ constexpr int64_t kKeys = 64, kMostQueries = 64;
 
 constexpr int kLeft = 1, kLeftTransposed = 2, kRight = 4, kRightTransposed = 8;
 
-inline int64_t ceil_to(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 struct VectorUnit {
   // Queries of a score tile: four vectors of AVX-512.
   static constexpr int64_t kQueries = 64, kBackwardQueries = 64;

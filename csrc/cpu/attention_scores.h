@@ -28,10 +28,7 @@ struct AttentionOptions {
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr float kLn2 = 0.693147181f;
 
 // Dropout factors z of W queries from `query` on and 8 keys from `key` (a multiple of 8) on:
 // 16 random bits each, kept where they are below (1 - p) 2^16.
@@ -122,14 +119,14 @@ class Scores {
     f32v s = x * scale_;
     if (has_softcap()) s = softcap_ * tanh(s * (1 / softcap_));
     if (slope_ != 0) s -= slope_ * abs(distance);
-    return s * kLog2e;
+    return s * kLog2E;
   }
 
   // tile: q . k, which becomes the score, -inf where it is masked, up to the factor that is
   // returned and not negative; damping: with softcap, ds/dx of each score, or null.
   float finish(float* tile, const TileShape& at, float* damping) const {
     const bool covered = band.covers(at);
-    if (covered && !has_softcap() && slope_ == 0 && scale_ >= 0) return scale_ * kLog2e;
+    if (covered && !has_softcap() && slope_ == 0 && scale_ >= 0) return scale_ * kLog2E;
     for (int64_t n = 0; n < at.keys; ++n) {
       // distance of key n from the diagonal of query 0
       const int64_t distance = at.key + n - band.diagonal() - at.query;

@@ -33,7 +33,6 @@ namespace {
 
 constexpr int64_t kChunk = 4096;  // logits: 16 KiB of fp32, a third of a first-level cache
 constexpr int64_t kGrainElements = 8192;
-constexpr float kLog2E = 1.4426950408889634f;
 
 inline int64_t rows_per_thread(int64_t V) { return kGrainElements / (V + 1) + 1; }
 

@@ -46,7 +46,6 @@ inline f32v normal_cdf(f32v x) {
 }
 
 struct TanhForm {
-  static constexpr float kLog2E = 1.4426950408889634f;
   static constexpr float kTwoU = 2 * kSqrt2OverPi;
   // exp(-2 u) for x >= -10, where it is 2^126.
   static f32v exponential(f32v x) {

@@ -55,10 +55,8 @@ constexpr int64_t kUnit = kPanel * kPanel;  // numbers that a panel has for a st
 // cache of 2 MB beside what streams past. Of 8, 12, 16 and 24, 12 had the fastest backward.
 constexpr int64_t kBlockPanels = 12;
 constexpr int64_t kTokenPanels = 16;  // that dw is summed over at a time: 768 KiB of x, likewise
-constexpr float kLog2e = 1.44269504f;
 
 inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- Packing -------------------------------------------------------------------------------------
 // A unit is a 32 x 32 block of a matrix in one of four forms, each two tiles: operand A or B of a
@@ -312,12 +310,12 @@ class ForwardWork {
       for (int64_t r = 0; r < kPanel; ++r) top = max(top, load(z + r * kPanel + h * W));
       sum_[h] = load(state_.sum + token + h * W);
       if (_mm512_cmp_ps_mask(top, old + kSlack, _CMP_GT_OQ)) {
-        sum_[h] *= exp2((old - top) * kLog2e);
+        sum_[h] *= exp2((old - top) * kLog2E);
         store(top_at, top);
       } else {
         top = old;
       }
-      scaled_top_[h] = top * kLog2e;
+      scaled_top_[h] = top * kLog2E;
       find_targets(first, classes, h);
     }
     steps = 16;
@@ -327,7 +325,7 @@ class ForwardWork {
     const float* row = z_ + (16 - steps) * 2 * kPanel;
     for (int h = 0; h < 2; ++h) {
       const f32v even = load(row + h * W), odd = load(row + kPanel + h * W);
-      sum_[h] += exp2(even * kLog2e - scaled_top_[h]) + exp2(odd * kLog2e - scaled_top_[h]);
+      sum_[h] += exp2(even * kLog2E - scaled_top_[h]) + exp2(odd * kLog2E - scaled_top_[h]);
     }
     if (--steps == 0)
       for (int h = 0; h < 2; ++h) store(state_.sum + token_ + h * W, sum_[h]);
@@ -398,7 +396,7 @@ class BackwardWork {
     for (int h = 0; h < 2; ++h) {
       scale_[h] = load(state_.scale + token + h * W);
       smooth_[h] = load(state_.smooth + token + h * W);
-      scaled_lse_[h] = load(state_.lse + token + h * W) * kLog2e;
+      scaled_lse_[h] = load(state_.lse + token + h * W) * kLog2E;
       counted_[h] =
           _mm512_cmpge_epi32_mask(_mm512_loadu_si512(state_.target + token + h * W), __m512i{});
     }
@@ -437,10 +435,10 @@ class BackwardWork {
   f32v gradient(int64_t r, int h) const {
     f32v z = load(z_ + r * kPanel + h * W);
     if constexpr (!GENERAL)
-      return _mm512_maskz_mul_ps(counted_[h], scale_[h], exp2(z * kLog2e - scaled_lse_[h]));
+      return _mm512_maskz_mul_ps(counted_[h], scale_[h], exp2(z * kLog2E - scaled_lse_[h]));
     const int64_t c = smaller(first_ + r, call_.V - 1);
     z += call_.bias_of(c);
-    f32v d = scale_[h] * exp2(cap_(z) * kLog2e - scaled_lse_[h]);
+    f32v d = scale_[h] * exp2(cap_(z) * kLog2E - scaled_lse_[h]);
     d -= smooth_[h] * call_.weight_of(c);
     return _mm512_maskz_mul_ps(counted_[h], d, cap_.slope(z));
   }

@@ -26,6 +26,12 @@
 namespace gptfast::GPTFAST_ISA {
 namespace {  // internal linkage: the linker must never merge code compiled for different levels
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_to(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 constexpr int W = GPTFAST_VECTOR_BYTES / 4;  // fp32 lanes in a vector
 
 typedef float f32v __attribute__((vector_size(W * 4)));
@@ -314,6 +320,8 @@ inline f32v exp(f32v x) {
   y = select(x > kHighest, set1(INFINITY), y);
   return select(x == x, y, x);
 }
+
+constexpr float kLog2E = 1.4426950408889634f;  // exp(x) = exp2(x kLog2E)
 
 // 2^x for x < 127.5, to 3 ulp: cheaper than exp, without the care for the ends of the range. Results
 // below 2^-126 may be zero; NaN stays NaN. The polynomial for 2^r, |r| <= 1/2, errs by 2^-23.4.

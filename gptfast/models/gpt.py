@@ -217,7 +217,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         t: Any = self.transformer
         positions = t["wpe"].weight
-        if idx.shape[1] < self.config.block_size:  # else the gradient needs no copy
+        if self.config.block_size > T:  # else the gradient needs no copy
             positions = positions[start : start + T]
         x = t["drop"](t["wte"](idx) + positions)
         y = t["h"][0].ln_1(x)

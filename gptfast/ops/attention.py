@@ -19,7 +19,7 @@ The mask of dropout is that of `gptfast/ops/philox.py`, with the index of (batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -212,19 +212,7 @@ def cpu_bwd(
 ) -> Tensors3:
     """The `cpu` backend of the backward op; see `reference_bwd`."""
     *options, needs, into = rest
-    grads = into or tuple(
-        empty_output(x) if want else None
-        for x, want in zip((q, k, v), wanted_on_cpu(needs), strict=True)
-    )
-    run_cpu_bwd(do, q, k, v, o, lse, dlse, grads, Options(*options))
-    return tuple(  # type: ignore[return-value]
-        g if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True)
-    )
-
-
-def wanted_on_cpu(needs: Sequence[bool]) -> tuple[bool, bool, bool]:
-    """The kernel makes dk and dv together."""
-    return needs[0], needs[1] or needs[2], needs[1] or needs[2]
+    return run_cpu_bwd(do, q, k, v, o, lse, dlse, Options(*options), needs, empty_output, into)
 
 
 def run_cpu_bwd(
@@ -235,11 +223,21 @@ def run_cpu_bwd(
     o: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    grads: Sequence[torch.Tensor | None],
     options: Options,
+    needs: Sequence[bool],
+    empty: Callable[[torch.Tensor], torch.Tensor],
+    into: Tensors3 | None = None,
     ends: Tensors2 | None = None,
-) -> None:
-    """Fill the gradients that are not None, dk and dv only together; also of `attention_varlen`."""
+) -> Tensors3:
+    """The gradients of q, k and v that are needed; also of `attention_varlen`, see `run_cpu_fwd`.
+
+    empty: makes the memory for the gradient of what it gets; into: has it already, for all of them.
+    """
+    pair = needs[1] or needs[2]  # the kernel makes dk and dv together
+    grads = into or tuple(
+        empty(x) if want else None
+        for x, want in zip((q, k, v), (needs[0], pair, pair), strict=True)
+    )
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
@@ -251,6 +249,9 @@ def run_cpu_bwd(
         _cpu_shape(q, k, v, lse, ends),
         _cpu_options(options),
         backend.DTYPE_CODES[q.dtype],
+    )
+    return tuple(  # type: ignore[return-value]
+        q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)
     )
 
 

@@ -26,7 +26,6 @@ from gptfast.ops.attention import (
     run_cpu_bwd,
     run_cpu_fwd,
     setup_context,
-    wanted_on_cpu,
     why_not_triton,
 )
 from gptfast.ops.library import check_device, check_dtypes, define, statistics_dtype
@@ -144,13 +143,10 @@ def varlen_cpu_bwd(
     """The `cpu` backend of the backward op."""
     *options, needs = rest
     ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    grads = tuple(
-        x.new_empty(x.shape) if want else None
-        for x, want in zip((q, k, v), wanted_on_cpu(needs), strict=True)
-    )
-    run_cpu_bwd(do, q, k, v, o, lse, dlse, grads, Options(*options), ends)
-    return tuple(  # type: ignore[return-value]
-        g if need else q.new_empty(0) for g, need in zip(grads, needs, strict=True)
+    return run_cpu_bwd(
+        *(do, q, k, v, o, lse, dlse, Options(*options), needs),
+        lambda x: x.new_empty(x.shape),
+        ends=ends,
     )
 
 

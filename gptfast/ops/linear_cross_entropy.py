@@ -115,8 +115,7 @@ def _chunked(losses: backend.Implementation) -> backend.Implementation:
 
 def _in_tiles(x: torch.Tensor) -> bool:
     """Whether the tile unit of this processor multiplies such numbers."""
-    isa = backend.extension().cpu_isa()  # type: ignore[union-attr]
-    return isa == "amx" and x.dtype is torch.bfloat16 and x.numel() > 0
+    return x.dtype is torch.bfloat16 and x.numel() > 0 and _has_tiles()
 
 
 def _call_in_tiles(kernel: Any, *args: Any) -> None:

@@ -20,12 +20,13 @@ What lies beyond N and K may be anything.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from gptfast import backend
+from gptfast.ops.layout import unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -168,10 +169,8 @@ def cpu_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `cpu` backend."""
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = unit_stride(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
     M, K = rows.shape
-    if K > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
     weight, b = weight.contiguous(), fp32_parameter(bias)
     if scale is not None:
         scale = scale.contiguous()
@@ -209,16 +208,8 @@ OP = backend.Op(
 )
 
 
-def _fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out_features: int,
-    activation: str | None,
-) -> torch.Tensor:
-    return OP.choose(x, weight).fwd(x, weight, scale, zero, bias, out_features, activation)
+def _fwd(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return OP.choose(x, weight).fwd(x, weight, *rest)
 
 
 def _fake_fwd(

@@ -97,7 +97,6 @@ class OpRow:
         float32_result: whether results are float32 whatever the inputs are; or the names of those
             that are.
         like: results that have the dtype of an input, each with that input's name.
-        refuses: whether a backend, by name, says that it does not take a case (yet).
         reports: what the static report compiles for every target and executes to count bytes: real
             widths, head dims and vocabularies, with so few rows that each takes seconds.
     """
@@ -116,5 +115,4 @@ class OpRow:
     matrix_units: bool = False
     float32_result: bool | tuple[str, ...] = False
     like: Mapping[str, str] = field(default_factory=dict)
-    refuses: Callable[[str, Case], bool] = lambda backend, case: False
     reports: tuple[Case, ...] = ()

@@ -34,7 +34,7 @@ UNDERFLOW = 2.0**-102
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of one rounding: 2^-24 for float32, 2^-9 for bfloat16."""
+    """Largest relative error of one rounding: 2^-24 for float32, 2^-8 for bfloat16."""
     return torch.finfo(dtype).eps / 2
 
 
