@@ -179,7 +179,7 @@ def as_on_a_gpu() -> Iterator[None]:
         for owner, name in CHECKS:
             stack.enter_context(mock.patch.object(owner, name, nothing))
         # Straight to the implementations, so that the ops that they call are seen.
-        stack.enter_context(mock.patch.object(library, "_plain_eager", return_value=True))
+        stack.enter_context(mock.patch.object(library, "plain_eager", return_value=True))
         stack.enter_context(gptfast.use_backend("triton"))
         yield
 

@@ -256,13 +256,58 @@ def test_several_blocks_of_tiles(options):
 @TILES
 def test_a_model_takes_it_where_it_is_faster(rows):
     x, half = rows[0], rows[0].bfloat16()
-    assert [LINEAR.is_faster(t) for t in (x, half, x.half())] == [False, True, False]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert LINEAR.is_faster(x)
+    assert [LINEAR.is_faster(t) for t in (x, half, x.half())] == [True, True, False]
+    with torch.autocast("cpu", torch.float16):
+        assert not LINEAR.is_faster(x)
+        assert LINEAR.is_faster(x.double())
     with gptfast.use_backend("torch"):
         assert not LINEAR.is_faster(half)
     with at_level("avx512"):
         assert not LINEAR.is_faster(half)
+
+
+def with_gradients(**options):
+    """A loss of 50 rows, in chunks of 10, and the leaves that it depends on."""
+    x = torch.randn(50, 8, requires_grad=True)
+    w = torch.randn(100, 8, requires_grad=True)
+    target = torch.randint(100, (50,))
+    return gptfast.linear_cross_entropy(x, w, target, **options), (x, w)
+
+
+@pytest.fixture
+def chunks_of_ten(monkeypatch):
+    monkeypatch.setattr(LINEAR, "CHUNK", 1000)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_made_in_forward_follow_what_comes_back(chunks_of_ten, reduction):
+    loss, leaves = with_gradients(reduction=reduction)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [d.clone() for d in once]
+    thrice = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, one, three, before in zip(leaves, once, thrice, kept, strict=True):
+        torch.testing.assert_close(three, 3 * before)
+        torch.testing.assert_close(leaf.grad, 2 * before)
+        assert torch.equal(one, before)  # whatever was added up since
+
+
+def test_gradients_made_in_forward_refuse_a_second_derivative(chunks_of_ten):
+    loss, leaves = with_gradients()
+    (dx,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.square().sum().backward()
+
+
+def test_gradients_are_made_in_forward_in_full_precision_and_chunks(rows):
+    x = rows[0]
+    made = LINEAR._gradients_in_forward
+    assert [made(t) for t in (x, x.double(), x.bfloat16(), x.half())] == [True, True, False, False]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not made(x)
+    with gptfast.use_backend("triton"):
+        assert not made(x)
 
 
 def largest_tensor(function):
@@ -312,15 +357,18 @@ def test_tied_weights_get_both_gradients():
     torch.testing.assert_close(results[0].double(), results[1])
 
 
-def test_nothing_is_computed_for_a_frozen_head(rows):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_is_computed_for_a_frozen_head(rows, reduction):
     x, w, target = rows
+    bias, options = torch.randn(20), {"reduction": reduction}
     with gptfast.testing.record_calls() as recorded:
-        gptfast.linear_cross_entropy(x, w.detach(), target, torch.randn(20)).backward()
-        gptfast.linear_cross_entropy(x.detach(), w, target).backward()
+        gptfast.linear_cross_entropy(x, w.detach(), target, bias, **options).sum().backward()
+        gptfast.linear_cross_entropy(x.detach(), w, target, **options).sum().backward()
+    makes = "total" if reduction == "mean" else "bwd"  # in forward, or in backward
     sizes = [
-        [t.numel() for t in call.output]
+        [t.numel() for t in call.output[-3:]]
         for call in recorded.calls
-        if call.op.name() == "gptfast::linear_cross_entropy_bwd"
+        if call.op.name() == f"gptfast::linear_cross_entropy_{makes}"
     ]
     assert sizes == [[x.numel(), 0, 0], [0, w.numel(), 0]]
 

@@ -41,9 +41,9 @@ def _batch(config: GPTConfig, batch_size: int) -> tuple[torch.Tensor, torch.Tens
     return x, y
 
 
-def _optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if name == OURS and ADAMW.has_kernel(next(model.parameters())):
-        return optim.AdamW(model.parameters(), lr=1e-4)
+def _optimizer(name: str, model: torch.nn.Module, bf16: bool) -> torch.optim.Optimizer:
+    if name == OURS and (bf16 or ADAMW.has_kernel(next(model.parameters()))):
+        return optim.AdamW(model.parameters(), lr=1e-4, master_weights=bf16)
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
@@ -69,10 +69,10 @@ def _step(
     optimizer: torch.optim.Optimizer,
     x: torch.Tensor,
     y: torch.Tensor,
-    bf16: bool,
+    autocast: bool,
 ) -> Call:
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_of(x, y)
         loss.backward()
         optimizer.step()
@@ -83,7 +83,10 @@ def _step(
 
 def _training(batch_size: int, T: int) -> Callable[[torch.dtype, bool], Built]:
     def build(dtype: torch.dtype, compile: bool) -> Built:
-        """fp32 weights; in bf16 under autocast."""
+        """fp32 weights, in bf16 under autocast; there ours in bf16 with fp32 masters.
+
+        That is `gptfast train --master-weights`: both ways the weights that are updated are fp32.
+        """
         config = GPTConfig.preset("gpt2", block_size=T)
         x, y = _batch(config, batch_size)
         models = _models(config)
@@ -93,15 +96,25 @@ def _training(batch_size: int, T: int) -> Callable[[torch.dtype, bool], Built]:
             models[COMPILED].load_state_dict(models[EAGER].state_dict())
             forwards[COMPILED] = compiled(models[COMPILED])
         bf16 = dtype == torch.bfloat16
+        if bf16:
+            models[OURS].to(dtype)
         calls = {
-            name: _step(_loss(name, forwards[name]), _optimizer(name, model), x, y, bf16)
+            name: _step(
+                _loss(name, forwards[name]),
+                _optimizer(name, model, bf16),
+                x,
+                y,
+                autocast=bf16 and name != OURS,
+            )
             for name, model in models.items()
         }
         limit = Limit(flops=_flops(config, x.numel(), True))
 
         def check() -> None:
-            check_equal(models[OURS], models[EAGER], x, y)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as it is timed
+            fp32 = GPT(config)
+            fp32.load_state_dict(models[EAGER].state_dict())
+            check_equal(fp32, models[EAGER], x, y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 _check_losses(models, x, y, dtype)
 
         return Built({"step": calls}, {"step": limit}, check)

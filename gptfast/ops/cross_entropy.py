@@ -438,8 +438,14 @@ def reduced(
         return loss.reshape(target.shape)
     if reduction == "sum":
         return loss.sum()
+    return loss.sum() / counted(target, weight, ignore_index)
+
+
+def counted(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """What a mean divides by: the rows that are not ignored, or the sum of their weights."""
     rows = target.reshape(-1)
-    counted = rows != ignore_index
+    counts = rows != ignore_index
     if weight is None:
-        return loss.sum() / counted.sum()
-    return loss.sum() / (weight.to(loss.dtype)[rows.masked_fill(~counted, 0)] * counted).sum()
+        return counts.sum()
+    weight = weight.to(statistics_dtype(weight.dtype))
+    return (weight[rows.masked_fill(~counts, 0)] * counts).sum()

@@ -68,7 +68,7 @@ def define(
             LIBRARY.impl(name, _autocast_rule(op, autocast, key, device), key)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain_eager(args):
+        if torch.compiler.is_compiling() or not plain_eager(args):
             return op(*args)
         _refuse_forward_mode(name, args)
         if autocast and torch.is_autocast_enabled(args[0].device.type):
@@ -80,7 +80,7 @@ def define(
     return call
 
 
-def _plain_eager(args: tuple[Any, ...]) -> bool:
+def plain_eager(args: tuple[Any, ...]) -> bool:
     """Whether nothing wants to see the op: no mode, no transform, no trace, no tensor subclass."""
     if (
         torch._C._len_torch_dispatch_stack()

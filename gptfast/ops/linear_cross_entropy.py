@@ -7,6 +7,10 @@ dx = dlogits w,   dw = dlogits^T x,   db_j = sum_i dlogits_ij
 
 Forward keeps the log-sum-exp of every row and nothing else; backward computes the logits again,
 chunk by chunk. That is 8 M V C operations instead of 6, for 2 M V numbers less of memory.
+
+A mean or a sum has one dloss for all rows, known but for a factor before backward. Where chunks are
+products of PyTorch's in full precision, forward then makes the gradients too while it has a chunk's
+logits (`_total`): 6 M V C operations, and backward only multiplies by that factor.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 
 from gptfast import backend
 from gptfast.ops.cross_entropy import OP as CROSS_ENTROPY
-from gptfast.ops.cross_entropy import check_targets, checked_loss_arguments, reduced
+from gptfast.ops.cross_entropy import check_targets, checked_loss_arguments, counted, reduced
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -26,16 +30,20 @@ from gptfast.ops.library import (
     check_shape,
     define,
     fp32_parameter,
+    plain_eager,
     pointer,
     statistics_dtype,
 )
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Logits in a chunk: 64 MiB of fp32. Of GPT-2's vocabulary that is 333 rows, which are enough for a
 # product to run at the processor's full rate.
 CHUNK = 2**24
+
+FULL = (torch.float32, torch.float64)
 
 
 def _chunks(
@@ -55,6 +63,30 @@ def _chunks(
         yield rows, logits
 
 
+class _Gradients:
+    """dx, dw and db, of those that are needed, from chunks of dlogits."""
+
+    def __init__(self, x: torch.Tensor, w: torch.Tensor, needs: list[bool]) -> None:
+        self.x, self.w, self.needs = x, w, needs
+        self.sums = statistics_dtype(x.dtype)
+        self.dx = x.new_empty(x.shape if needs[0] else 0)
+        self.dw = w.new_zeros(w.shape if needs[1] else 0, dtype=self.sums)
+        self.db = w.new_zeros(w.shape[0] if needs[2] else 0, dtype=self.sums)
+
+    def add(self, rows: slice, dlogits: torch.Tensor) -> None:
+        if self.needs[0]:
+            torch.mm(dlogits, self.w, out=self.dx[rows])
+        if self.needs[1] and self.x.dtype == self.sums:
+            self.dw.addmm_(dlogits.mT, self.x[rows])
+        elif self.needs[1]:
+            self.dw += dlogits.mT @ self.x[rows]
+        if self.needs[2]:
+            self.db += dlogits.sum(0, dtype=self.sums)
+
+    def all(self) -> Tensors3:
+        return self.dx, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
+
+
 def _chunked(losses: backend.Implementation) -> backend.Implementation:
     """Both passes by PyTorch's products and one backend of cross_entropy, on chunks of rows."""
 
@@ -67,8 +99,7 @@ def _chunked(losses: backend.Implementation) -> backend.Implementation:
         ignore_index: int,
         *options: Any,
     ) -> Tensors2:
-        if x.device.type == "cpu":  # here, for the chunks would name the place in the chunk
-            check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+        _check_targets(x, w, target, ignore_index)
         loss = x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype))
         lse = torch.empty_like(loss)
         for rows, logits in _chunks(x, w, b):
@@ -85,32 +116,54 @@ def _chunked(losses: backend.Implementation) -> backend.Implementation:
         b: torch.Tensor | None,
         class_weight: torch.Tensor | None,
         lse: torch.Tensor,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float | None,
-        needs: list[bool],
+        *options_and_needs: Any,
     ) -> Tensors3:
-        options = (ignore_index, label_smoothing, z_loss, softcap)
-        sums = statistics_dtype(x.dtype)
-        dx = x.new_empty(x.shape if needs[0] else 0)
-        dw = w.new_zeros(w.shape if needs[1] else 0, dtype=sums)
-        db = w.new_zeros(w.shape[0] if needs[2] else 0, dtype=sums)
+        *options, needs = options_and_needs
+        gradients = _Gradients(x, w, needs)
         for rows, logits in _chunks(x, w, b):
-            dlogits = losses.bwd(
-                dloss[rows], logits, target[rows], class_weight, lse[rows], *options, True
-            )
-            if needs[0]:
-                torch.mm(dlogits, w, out=dx[rows])
-            if needs[1] and x.dtype == sums:
-                dw.addmm_(dlogits.mT, x[rows])
-            elif needs[1]:
-                dw += dlogits.mT @ x[rows]
-            if needs[2]:
-                db += dlogits.sum(0, dtype=sums)
-        return dx, dw.to(w.dtype), db.to(w.dtype)
+            given = dloss[rows], logits, target[rows], class_weight, lse[rows]
+            gradients.add(rows, losses.bwd(*given, *options, True))
+        return gradients.all()
 
     return backend.Implementation(fwd, bwd)
+
+
+def _check_targets(
+    x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> None:
+    if x.device.type == "cpu":  # of all rows, for the chunks would name the place in the chunk
+        check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
+
+
+def _total(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    target: torch.Tensor,
+    b: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    mean: bool,
+    needs: list[bool],
+) -> Tensors4:
+    """The sum or mean of all losses, and its gradients, from one product for the logits."""
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    _check_targets(x, w, target, ignore_index)
+    losses = CROSS_ENTROPY.choose(x)
+    gradients = _Gradients(x, w, needs)
+    scale = x.new_ones((), dtype=gradients.sums)
+    if mean:
+        scale /= counted(target, class_weight, ignore_index)
+    total = torch.zeros_like(scale)
+    for rows, logits in _chunks(x, w, b):
+        loss, lse = losses.fwd(logits, target[rows], class_weight, *options)
+        total += loss.sum()
+        dloss = scale.expand(loss.shape)
+        given = dloss, logits, target[rows], class_weight, lse
+        gradients.add(rows, losses.bwd(*given, *options, True))
+    return total * scale, *gradients.all()
 
 
 def _in_tiles(x: torch.Tensor) -> bool:
@@ -201,16 +254,38 @@ OP = backend.Op(
 )
 
 
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What x's numbers are when they are multiplied: autocast leaves float64 alone."""
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
 def is_faster(x: torch.Tensor) -> bool:
     """Whether a model that wants the loss alone should take this op, and not store the logits.
 
-    On a CPU only in tiles: chunks cost a fourth product of the logits' size, where three will do.
+    Not in half precision on a CPU without tiles: that costs a fourth product of the logits' size,
+    where three will do.
     """
     if x.device.type != "cpu":
         return True
-    cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
-    return dtype is torch.bfloat16 and _has_tiles()
+    dtype = _product_dtype(x)
+    return dtype in FULL or (dtype is torch.bfloat16 and _has_tiles())
+
+
+def _gradients_in_forward(x: torch.Tensor) -> bool:
+    """Whether `_total` should make the gradients of a mean or a sum.
+
+    Only where chunks are products of PyTorch's: a kernel that consumes the logits as it makes them
+    has a rate worth more than a product less. And in full precision: what comes with backward, the
+    factor of loss scaling for one, would otherwise be multiplied with gradients already rounded.
+    """
+    return x.device.type == "cpu" and _product_dtype(x) in FULL and _in_chunks()
+
+
+@torch.compiler.assume_constant_result
+def _in_chunks() -> bool:
+    return backend.forced_backend() in (None, "cpu", "torch")
 
 
 @torch.compiler.assume_constant_result
@@ -250,7 +325,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors2) -> None:
 
 
 def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (1, 2, 4)]  # x, w, b; 0 is the keyset
+    needs = _needed(ctx)
     dx, dw, db = linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, needs)
     return (
         None,
@@ -260,6 +335,46 @@ def _backward(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[Any, ...]:
         db if needs[2] else None,
         *(None,) * 5,
     )
+
+
+def _fake_total(x: torch.Tensor, w: torch.Tensor, *args: Any) -> Tensors4:
+    return x.new_empty((), dtype=statistics_dtype(x.dtype)), *_fake_bwd(x, x, w, *args)
+
+
+def _total_bwd(
+    dtotal: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, *ds: Any
+) -> Tensors3:
+    dx, dw, db = (d * dtotal.to(d.dtype) for d in ds)
+    return dx, dw, db
+
+
+def _fake_total_bwd(
+    dtotal: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, *ds: Any
+) -> Tensors3:
+    dx, dw, db = map(torch.empty_like, ds)
+    return dx, dw, db
+
+
+def _total_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors4) -> None:
+    x, w, _, b, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, w, b, *output[1:])
+
+
+def _total_backward(ctx: Any, dtotal: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    gradients = ctx.saved_tensors[3:]
+    again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
+    if again or not plain_eager((dtotal,)):
+        gradients = linear_cross_entropy_total_bwd(dtotal, *ctx.saved_tensors)
+    elif dtotal.device.type != "cpu" or dtotal != 1:  # elsewhere the look would wait for the device
+        for d in gradients:
+            d.mul_(dtotal)
+    dx, dw, db = (d if needed else None for d, needed in zip(gradients, _needed(ctx), strict=True))
+    return None, dx, dw, None, db, *(None,) * 7
+
+
+def _needed(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[i] for i in (1, 2, 4)]  # x, w, b; 0 is the keyset
 
 
 OPTIONS = "SymInt ignore_index, float label_smoothing, float z_loss, float? softcap"
@@ -276,6 +391,22 @@ linear_cross_entropy_fwd = define(
     _fake_fwd,
     backward=_backward,
     setup_context=_setup_context,
+    autocast=("x", "w", "b"),
+)
+linear_cross_entropy_total_bwd = define(
+    "linear_cross_entropy_total_bwd(Tensor dtotal, Tensor x, Tensor w, Tensor? b, Tensor dx,"
+    " Tensor dw, Tensor db) -> (Tensor, Tensor, Tensor)",
+    _total_bwd,
+    _fake_total_bwd,
+)
+linear_cross_entropy_total = define(
+    "linear_cross_entropy_total(Tensor x, Tensor w, Tensor target, Tensor? b,"
+    f" Tensor? class_weight, {OPTIONS}, bool mean, bool[3] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _total,
+    _fake_total,
+    backward=_total_backward,
+    setup_context=_total_setup_context,
     autocast=("x", "w", "b"),
 )
 
@@ -327,7 +458,9 @@ def linear_cross_entropy(
         as x takes and as 768 rows of linear_weight; backward four times x, 768 bytes for each row
         of x and as much as 1,500 rows of linear_weight. Otherwise on the torch and cpu backends:
         2^24 logits in x's dtype, or one row of them if V is larger, and the sums of linear_weight's
-        gradient in float32; on torch also some float32 copies of the logits in a chunk. On triton
+        gradient in float32; on torch also some float32 copies of the logits in a chunk. There a
+        mean or a sum in float32 makes the gradients in forward: they exist from then on. On
+        triton
         nothing but four floats for each row and run of the vocabulary in forward; in backward
         gradients of 2^25 logits in x's dtype, or as many as x has elements if that is more, and
         float32 sums of x's gradient. float16 needs loss scaling, as always: gradients of logits
@@ -357,15 +490,10 @@ def linear_cross_entropy(
         op, x, V, target, weight, reduction, label_smoothing, z_loss, softcap
     )
     rows = target.reshape(-1)
-    loss, _ = linear_cross_entropy_fwd(
-        x.reshape(rows.shape[0], C),
-        linear_weight,
-        rows,
-        linear_bias,
-        weight,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-    )
+    tensors = x.reshape(rows.shape[0], C), linear_weight, rows, linear_bias, weight
+    options = ignore_index, label_smoothing, z_loss, softcap
+    needs = [t is not None and t.requires_grad for t in (x, linear_weight, linear_bias)]
+    if reduction != "none" and torch.is_grad_enabled() and any(needs) and _gradients_in_forward(x):
+        return linear_cross_entropy_total(*tensors, *options, reduction == "mean", needs)[0]
+    loss, _ = linear_cross_entropy_fwd(*tensors, *options)
     return reduced(loss, target, weight, ignore_index, reduction)
