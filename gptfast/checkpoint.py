@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gptfast.models import GPT, GPTConfig
+from gptfast.models.config import GPT2_OPTIONS, GPT2_SIZES
 from gptfast.tokenizer import Tokenizer, load_tokenizer, tokenizer_json
 
 __all__ = [
@@ -176,7 +177,10 @@ def load(path: PathLike, device: torch.device | str = "cpu") -> Checkpoint:
     """
     path = find(path)
     header = _read_header(path)
-    config = read_fields(GPTConfig, header["model"], f"{path / 'config.json'}: model")
+    given = header["model"]
+    if given.keys() == set(GPT2_SIZES):  # written before there were options
+        given = {**GPT2_OPTIONS, **given}
+    config = read_fields(GPTConfig, given, f"{path / 'config.json'}: model")
     tokenizer_file = _verified(path, "tokenizer.json", header)
     tokenizer = load_tokenizer(tokenizer_file)
     if tokenizer.vocab_size > config.vocab_size:
@@ -337,7 +341,8 @@ def build_model(
                 f"{source}: expected {name} to be {shape} by config.json, got {shapes[name]}"
             )
     model.to_empty(device=device)
-    model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # to_empty unties them
+    if config.tied:  # which to_empty undoes
+        model.lm_head.weight = model.get_parameter("transformer.wte.weight")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(read(name))

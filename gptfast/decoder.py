@@ -20,6 +20,8 @@ from gptfast.ops.library import check_dtypes, fp32_parameter, pointer
 from gptfast.ops.linear_decode import FORMAT_CODES
 
 MAX_ROWS = 16  # of the products in csrc/cpu/linear_decode.h
+# Options that are sizes to it, not another computation.
+KNOWN_OPTIONS = ("n_kv_head", "n_inner", "norm_eps", "tied", "rope_base")
 # Bytes of weights for each thread: below, the barriers of a step take longer than they save.
 BYTES_PER_THREAD = 1 << 20
 PLAIN = {
@@ -33,6 +35,9 @@ def why_not(model: nn.Module, batch_size: int) -> str | None:
     """Why `Decoder` cannot stand in for the model's forward, or None."""
     if type(model) is not GPT:
         return f"the model is a {type(model).__name__}, not a GPT"
+    option = model.config.unlike_gpt2(besides=KNOWN_OPTIONS)
+    if option is not None:
+        return f"the model has {option}"
     if backend.forced_backend() not in (None, "cpu"):
         return f"backend {backend.forced_backend()!r} is forced"
     if backend.missing("cpu"):
@@ -52,6 +57,8 @@ def why_not(model: nn.Module, batch_size: int) -> str | None:
             return f"{name} is in training mode"
         if isinstance(module, LayerNorm) and module.weight is None:
             return f"{name} has no weight"
+        if isinstance(module, CausalSelfAttention) and (module.window or module.qk_norm):
+            return f"{name} has a window or norms"
     t: Any = model.transformer
     if len({_sizes(block) for block in t["h"]}) > 1:
         return "its blocks differ in their sizes"

@@ -77,6 +77,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
+    memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Continue a batch of sequences of one length.
 
@@ -85,6 +86,7 @@ def generate(
         idx: (B, T) int64 tokens, on the model's device.
         max_new_tokens: n, how many to draw for each.
         temperature, top_k, top_p, generator, vocab_size: as in `stream`.
+        memory: (B, S, C), what an encoder returned, for a model with cross attention.
 
     Returns:
         (B, T + n): idx and the new tokens.
@@ -94,14 +96,15 @@ def generate(
         IndexError: a token outside the vocabulary.
     """
     _check(idx, max_new_tokens, temperature, top_k, top_p)
-    new = list(_steps(model, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size))
+    sampling = (temperature, top_k, top_p, generator, vocab_size)
+    new = list(_steps(model, idx, max_new_tokens, *sampling, memory))
     return torch.cat([idx, *new], dim=1)
 
 
 def generate_text(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -115,8 +118,8 @@ def generate_text(
     Args:
         model: the model.
         tokenizer: its tokenizer. GPT-2's `<|endoftext|>` ends the text.
-        prompt: may be empty: the text then starts after `<|endoftext|>`, or with characters after a
-            newline (token 0 where there is none).
+        prompt: text, or its tokens; may be empty: the text then starts after `<|endoftext|>`, or
+            with characters after a newline (token 0 where there is none).
         max_new_tokens: how many tokens to draw at most.
         temperature, top_k, top_p, generator: as in `stream`.
         stop: strings that end the text, wherever their characters come from; they are not returned.
@@ -131,9 +134,10 @@ def generate_text(
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"generate: stop must be strings that are not empty, got {stop!r}")
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = stream(
         model,
-        tokenizer.encode(prompt) or [_start_token(tokenizer)],
+        ids or [start_token(tokenizer)],
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -197,6 +201,7 @@ def _steps(
     top_p: float | None,
     generator: torch.Generator | None,
     vocab_size: int | None,
+    memory: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield (B, 1) new tokens, max_new_tokens times."""
     block_size = model.config.block_size
@@ -214,7 +219,8 @@ def _steps(
             if fast is not None and fast.takes(new.shape[1]):
                 logits = fast(new)
             else:
-                logits = model(new, cache=cache)[0]
+                inputs = {} if memory is None else {"memory": memory}
+                logits = model(new, cache=cache, **inputs)[0]
             token = _draw(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)
             yield token
             seen = torch.cat([seen, token], dim=1)
@@ -295,7 +301,8 @@ def _stop_prefix(text: str, stop: Sequence[str]) -> int:
     return 0
 
 
-def _start_token(tokenizer: Tokenizer) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
+    """What stands before a text that has nothing before it; see `generate_text`."""
     if isinstance(tokenizer, GPT2Tokenizer):
         return tokenizer.end_of_text
     try:

@@ -3,7 +3,8 @@
 FLOPs of a token, forward:  2 n  +  4 n_layer T C / 2
 
 n counts the weights that multiply (all but the position embeddings, biases and norms; the tied
-embedding once, as the head); the second term is the causal half of q k^T and p v. Backward costs
+embedding once, as the head); the second term is the causal half of q k^T and p v, or what a window
+leaves of it. Backward costs
 twice that, and once more forward where activations are recomputed.
 
 Throughput is that, over the peak of the cards times an assumed utilisation (MFU). It is a
@@ -173,28 +174,44 @@ def make_plan(
 
 
 def multiplying_weights(config: GPTConfig) -> int:
-    """Weights that take part in matrix products: four C x C a block for attention, eight for the
-    MLP, and the head.
+    """Weights that take part in matrix products. In GPT-2 they are four C x C a block for
+    attention, eight for the MLP, and the head.
     """
-    C = config.n_embd
-    return config.n_layer * 12 * C * C + config.vocab_size * C
+    C, kv_columns = config.n_embd, 2 * config.kv_heads * config.head_dim
+    attention = C * (2 * C + kv_columns) * (2 if config.cross_attention else 1)
+    mlp = C * config.inner * (3 if config.mlp == "swiglu" else 2)
+    return config.n_layer * (attention + mlp) + config.vocab_size * C
 
 
 def forward_flops_per_token(config: GPTConfig) -> float:
     """FLOPs of one token's forward pass in sequences of block_size; a multiply-add is two."""
-    attention = 4 * config.n_layer * config.block_size * config.n_embd / 2
+    attention = 4 * config.n_layer * keys_seen(config) * config.n_embd
     return 2 * multiplying_weights(config) + attention
+
+
+def keys_seen(config: GPTConfig) -> float:
+    """How many tokens a token sees on average: T / 2 with a causal mask and no window."""
+    T = config.block_size
+    window = min(config.window or T, T)
+    one_side = window - window * window / (2 * T)
+    return one_side if config.causal else 2 * one_side
 
 
 def activation_bytes(config: GPTConfig, batch_size: int, recompute: bool = False) -> float:
     """Bytes kept for backward, in bf16, by a model whose ops recompute what they can.
 
-    A block keeps, in units of C values a token: the inputs of two norms (2) and their outputs (2),
-    q, k, v (3), attention's output (1), the MLP's 4 C before and after GELU (8); with dropout
-    nothing more, since masks are drawn again. The logits are kept in bf16, and their gradient.
+    A block of GPT-2 keeps, in units of C values a token: the inputs of two norms (2) and their
+    outputs (2), q, k, v (3), attention's output (1), the MLP's 4 C before and after GELU (8); with
+    dropout nothing more, since masks are drawn again. Rotary positions and norms of queries and
+    keys keep those once more, and gated or squared activations a third tensor inside the MLP. The
+    logits are kept in bf16, and their gradient.
     """
     tokens = batch_size * config.block_size
-    block = 16 * config.n_embd * 2
+    C, D = config.n_embd, config.head_dim
+    turned = (config.positions == "rotary") + config.qk_norm
+    heads = (C + 2 * config.kv_heads * D) + turned * (C + config.kv_heads * D)
+    inside = config.inner * (2 if config.mlp in ("gelu", "relu") else 3)
+    block = (5 * C + heads + inside) * 2
     head = 2 * config.vocab_size * 2
     if recompute:  # inputs of all blocks, and one block at work
         return tokens * (config.n_layer * 2 * config.n_embd + block + head)

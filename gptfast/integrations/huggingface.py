@@ -153,9 +153,13 @@ def save_gpt2(model: GPT, path: str | os.PathLike[str], tokenizer: Tokenizer | N
         The folder.
 
     Raises:
+        ValueError: the model is not GPT-2's architecture.
         FileExistsError: there is something at `path`.
         OSError: it cannot be written; nothing stays behind.
     """
+    option = model.config.unlike_gpt2()
+    if option is not None:
+        raise ValueError(f"export: expected the architecture of GPT-2, got {option}")
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path}: expected no such file or folder, got one")

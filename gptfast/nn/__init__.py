@@ -1,6 +1,6 @@
 """Drop-in modules over the ops, with torch's constructors, parameters and `state_dict`."""
 
-from gptfast.nn.attention import CausalSelfAttention, KVCache
+from gptfast.nn.attention import CausalSelfAttention, CrossAttention, KVCache, SelfAttention
 from gptfast.nn.embedding import Embedding
 from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
@@ -11,6 +11,7 @@ from gptfast.nn.rms_norm import RMSNorm
 __all__ = [
     "GELU",
     "CausalSelfAttention",
+    "CrossAttention",
     "CrossEntropyLoss",
     "Embedding",
     "KVCache",
@@ -18,5 +19,6 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "QuantizedLinear",
     "RMSNorm",
+    "SelfAttention",
     "quantize",
 ]
