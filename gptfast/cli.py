@@ -1,5 +1,5 @@
-"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `export`, `validate`,
-`plan` and `doctor`.
+"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `inspect`, `export`,
+`validate`, `plan` and `doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
 """
@@ -171,9 +171,9 @@ class Evaluate:
     stride: Annotated[int | None, arg(metavar="INT")] = None
     """Tokens that the window over the text moves on by; fewer give each more context. None: all."""
     hellaswag: Annotated[str | None, arg(metavar="FILE")] = None
-    """HellaSwag: JSON lines, or six lines an item; may be .gz or .bz2."""
+    """HellaSwag: JSON lines, or six lines an item; or hellaswag, the published one, fetched."""
     lambada: Annotated[str | None, arg(metavar="FILE")] = None
-    """LAMBADA: JSON lines, or a passage a line; may be .gz or .bz2."""
+    """LAMBADA: JSON lines, or a passage a line; or lambada, OpenAI's one, fetched."""
     limit: Annotated[int | None, arg(metavar="INT")] = None
     """Only so many items of HellaSwag and LAMBADA. None: all."""
     quantize: Annotated[Literal["int8", "int4"] | None, arg(metavar="{int8,int4}")] = None
@@ -210,6 +210,58 @@ class Evaluate:
         if self.json is not None:
             rows = [dataclasses.asdict(score) for score in scores]
             self.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return 0
+
+
+@dataclass
+class Inspect:
+    """Look into a model: attention, what each layer would say, embeddings, parameters."""
+
+    checkpoint: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Run (its best checkpoint is taken), step_* folder, folder of Hugging Face's, or hf:NAME."""
+    preset: Annotated[str, arg(metavar=f"{{{','.join(MODEL_PRESETS)}}}")] = "gpt2"
+    """Sizes whose parameters and FLOPs are counted, where no --checkpoint is given."""
+    text: Annotated[str | None, arg(metavar="TEXT")] = None
+    """Text whose attention and logit lens are drawn."""
+    out: str = "out/inspect"
+    """Folder of what is drawn: attention.html, attention.png, lens.png."""
+    layer: Annotated[int | None, arg(metavar="INT")] = None
+    """With --head: also draw this layer's, with its tokens."""
+    head: Annotated[int | None, arg(metavar="INT")] = None
+    """With --layer: also draw this head."""
+    neighbours: UseAppendAction[tuple[str, ...]] = ()
+    """Word, one token long, whose nearest tokens are listed; may be repeated."""
+    analogy: Annotated[tuple[str, str, str] | None, arg(metavar="A B C")] = None
+    """Three words, each a token: A is to B as C is to what?"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def run(self) -> int:
+        """Draw and list what was asked for; with nothing asked, count parameters."""
+        from gptfast import inspect
+
+        asked = self.text is not None or self.neighbours or self.analogy is not None
+        if asked and self.checkpoint is None:
+            raise ValueError("inspect: text and words need a --checkpoint, got none")
+        if (self.layer is None) != (self.head is None):
+            raise ValueError("inspect: expected --layer and --head, got one of them")
+        console = Console()
+        if self.checkpoint is None:
+            inspect.print_parameters(GPTConfig.preset(self.preset), self.preset, console)
+            return 0
+        loaded = _load(self.checkpoint, pick_device(self.device))
+        if not asked:
+            inspect.print_parameters(loaded.model.config, str(loaded.path), console)
+        if self.text is not None:
+            chosen = None if self.layer is None or self.head is None else (self.layer, self.head)
+            for path in inspect.draw(
+                loaded.model, loaded.tokenizer, self.text, self.out, str(loaded.path), chosen
+            ):
+                print(path)
+        if self.neighbours or self.analogy is not None:
+            inspect.print_similar(
+                loaded.model, loaded.tokenizer, self.neighbours, self.analogy, console
+            )
         return 0
 
 
@@ -339,7 +391,7 @@ class Doctor:
         return doctor(json=self.json, selftest=self.selftest)
 
 
-Command = Prepare | Train | Generate | Evaluate | Export | Validate | Plan | Doctor
+Command = Prepare | Train | Generate | Evaluate | Inspect | Export | Validate | Plan | Doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -381,6 +433,7 @@ def _parse(args: list[str]) -> Command:
         | Annotated[Train, subcommand("train", default=default)]
         | Annotated[Generate, subcommand("generate")]
         | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Inspect, subcommand("inspect")]
         | Annotated[Export, subcommand("export")]
         | Annotated[Validate, subcommand("validate")]
         | Annotated[Plan, subcommand("plan")]

@@ -31,7 +31,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
+from gptfast.evaluation_sets import evaluation_file
 from gptfast.models import GPT
 from gptfast.ops import cross_entropy
 from gptfast.tokenizer import Tokenizer
@@ -98,7 +100,7 @@ def log_likelihoods(
             )
     device = next(model.parameters()).device
     results: list[Likelihood | None] = [None] * len(pairs)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches([len(c) + len(w) for c, w in pairs], block_size, batch_tokens):
             # Token t is predicted from those before it: the last one is no input.
             rows = [[*pairs[i][0], *pairs[i][1]][-block_size - 1 :] for i in batch]
@@ -132,7 +134,8 @@ def _batches(lengths: list[int], block_size: int, batch_tokens: int) -> Iterator
 
 
 @contextlib.contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and then in the mode that it was in."""
     training = model.training
     model.eval()
     try:
@@ -225,6 +228,7 @@ def read_hellaswag(path: str | os.PathLike[str], limit: int | None = None) -> li
     Args:
         path: the published JSON lines (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`), or
             six lines an item: context, label, four endings. Either may be compressed: .gz, .bz2.
+            "hellaswag" is the published validation set, see `gptfast.evaluation_sets`.
         limit: take the first items only.
 
     Raises:
@@ -232,7 +236,7 @@ def read_hellaswag(path: str | os.PathLike[str], limit: int | None = None) -> li
         ValueError: a line that is not what it should be; names file, line and content.
     """
     items: list[HellaSwagItem] = []
-    path = Path(path)
+    path = evaluation_file(path)
     with _open(path) as lines:
         numbered = enumerate((line.rstrip("\n") for line in lines), 1)
         for number, line in numbered:
@@ -325,6 +329,7 @@ def read_lambada(path: str | os.PathLike[str], limit: int | None = None) -> list
 
     Args:
         path: JSON lines with a `text` each, or a passage a line; may be compressed: .gz, .bz2.
+            "lambada" is OpenAI's test set, see `gptfast.evaluation_sets`.
         limit: take the first passages only.
 
     Raises:
@@ -332,7 +337,7 @@ def read_lambada(path: str | os.PathLike[str], limit: int | None = None) -> list
         ValueError: a line without two words; names file, line and content.
     """
     passages: list[str] = []
-    path = Path(path)
+    path = evaluation_file(path)
     with _open(path) as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(passages) >= limit:

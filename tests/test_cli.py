@@ -275,7 +275,7 @@ def test_generate_without_a_checkpoint(tmp_path, capsys):
     [
         (
             [],
-            "Expected one of {prepare, train, generate, evaluate, export, validate, plan, doctor}",
+            "Expected one of {prepare, train, generate, evaluate, inspect, export",
         ),
         (["tarin"], "Unrecognized options: tarin"),
         (["train", "--n-layers=3"], "Unrecognized options: --n-layers"),
