@@ -28,6 +28,7 @@ from gptfast.ops import (
     rope_cache,
     swiglu,
 )
+from gptfast.patching import patch, sdpa_override, unpatch
 
 __all__ = [
     "QuantizedWeight",
@@ -50,10 +51,13 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_decode",
+    "patch",
     "quantize_weight",
     "rms_norm",
     "rope",
     "rope_cache",
+    "sdpa_override",
     "swiglu",
+    "unpatch",
     "use_backend",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptfast.ops import layer_norm
+from gptfast.ops.layer_norm import layer_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gptfast.nn.hooks import is_plain
 from gptfast.ops import linear_decode
 from gptfast.ops.linear_decode import QuantizedWeight, dequantize_weight, quantize_weight
 
@@ -78,10 +79,21 @@ class QuantizedLinear(nn.Module):
 
 
 def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """x W^T of a linear layer, quantised or not, without its bias."""
+    """x W^T of a linear layer, quantised or not; its bias is left to an op behind it: `late_bias`.
+
+    A layer that is more than that (it has hooks, or an adapter has taken its place) is called, and
+    has no late bias.
+    """
+    if not is_plain(layer, nn.Linear, QuantizedLinear):
+        return layer(x)
     if isinstance(layer, QuantizedLinear):
         return layer.product(x)
     return F.linear(x, layer.weight)  # type: ignore[arg-type]
+
+
+def late_bias(layer: nn.Module) -> torch.Tensor | None:
+    """What `product` leaves out."""
+    return layer.bias if is_plain(layer, nn.Linear, QuantizedLinear) else None  # type: ignore[return-value]
 
 
 def quantize(model: nn.Module, format: str, zero_points: bool = False) -> nn.Module:

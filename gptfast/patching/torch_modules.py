@@ -1,0 +1,341 @@
+"""Mixins and recipes for the modules of `torch.nn`, and mixins for modules written like them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gptfast.nn.hooks import has_hooks
+from gptfast.nn.layer_norm import over_trailing_dimensions
+from gptfast.ops import (
+    attention,
+    attention_qkv,
+    geglu,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
+from gptfast.patching.functions import cross_entropy, override
+from gptfast.patching.registry import Patched, register
+
+# ---- Norms ---------------------------------------------------------------------------------------
+
+
+def _ends_in(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    return 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == tuple(shape)
+
+
+def _as_autocast(y: torch.Tensor) -> torch.Tensor:
+    """The result of a norm in the dtype that autocast gives it on a GPU, float32."""
+    if y.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return y.float()
+    return y
+
+
+def _normalise(
+    module: Patched,
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+) -> torch.Tensor:
+    """`F.layer_norm` or `F.rms_norm`, as `module` says, by our ops."""
+    flat, weight, bias = over_trailing_dimensions(module._gptfast_op, x, shape, weight, bias)
+    if module._gptfast_op == "layer_norm":
+        y = layer_norm(flat, weight, bias, 1e-5 if eps is None else eps)
+    else:
+        y = rms_norm(flat, weight, eps)
+    return _as_autocast(y if flat is x else y.view(x.shape))
+
+
+class FastNorm(Patched):
+    """`nn.LayerNorm` and `nn.RMSNorm`."""
+
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def forward(self, input: torch.Tensor) -> Any:
+        """Normalise the trailing dimensions of the input."""
+        if not (self.worth(input) and _ends_in(input, self.normalized_shape)):
+            return super().forward(input)
+        bias = self.bias if self._gptfast_op == "layer_norm" else None
+        return _normalise(self, input, self.normalized_shape, self.weight, bias, self.eps)
+
+
+@register(nn.LayerNorm, op="layer_norm")
+@register(nn.RMSNorm, op="rms_norm")
+def _norm(module: nn.Module) -> type[Patched]:
+    return FastNorm
+
+
+class FastFunctionalNorm(Patched):
+    """A module that is one call of `F.layer_norm` or `F.rms_norm`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Normalise the trailing dimensions of the one input."""
+        (x,) = (*args, *kwargs.values())
+        call = self._gptfast_state
+        if not (self.worth(x) and _ends_in(x, call["shape"])):
+            return super().forward(*args, **kwargs)
+        weight, bias = (
+            None if call[name] is None else getattr(self, call[name]) for name in ("weight", "bias")
+        )
+        return _normalise(self, x, call["shape"], weight, bias, call["eps"])
+
+
+# ---- GELU ----------------------------------------------------------------------------------------
+
+
+class FastGELU(Patched):
+    """`nn.GELU`."""
+
+    approximate: str
+
+    def forward(self, input: torch.Tensor) -> Any:
+        """Apply GELU elementwise."""
+        if not self.worth(input):
+            return super().forward(input)
+        return gelu(input, self.approximate)
+
+
+@register(nn.GELU, op="gelu")
+def _gelu(module: nn.GELU) -> type[Patched]:
+    return FastGELU
+
+
+class FastFunctionalGELU(Patched):
+    """A module that is one call of `F.gelu`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply GELU to the one input."""
+        (x,) = (*args, *kwargs.values())
+        if not self.worth(x):
+            return super().forward(*args, **kwargs)
+        return gelu(x, self._gptfast_state["approximate"])
+
+
+class FastFeedForward(Patched):
+    """The feed-forward block of `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`."""
+
+    def _ff_block(self, x: torch.Tensor) -> Any:
+        if self.activation is not F.gelu:
+            return super()._ff_block(x)  # type: ignore[misc]
+        h = self.linear1(x)
+        h = gelu(h, "none") if self.worth(h) else F.gelu(h)
+        last = self.dropout3 if isinstance(self, nn.TransformerDecoderLayer) else self.dropout2
+        return last(self.linear2(self.dropout(h)))
+
+
+@register(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, op="gelu")
+def _feed_forward(module: Any) -> type[Patched] | str:
+    base = (
+        nn.TransformerDecoderLayer
+        if isinstance(module, nn.TransformerDecoderLayer)
+        else nn.TransformerEncoderLayer
+    )
+    if type(module)._ff_block is not base._ff_block:
+        return f"it overrides _ff_block of {base.__name__}"
+    if module.activation is not F.gelu:
+        return "its activation is not F.gelu"
+    return FastFeedForward
+
+
+# ---- Gated MLPs ----------------------------------------------------------------------------------
+
+
+class FastGatedMLP(Patched):
+    """y = after(act(gate(x)) * up(x)), or act and product on the halves of one product."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The MLP of the one input."""
+        (x,) = (*args, *kwargs.values())
+        parts = self._gptfast_state
+        act = parts["act"] and self.get_submodule(parts["act"])
+        if act and has_hooks(act):
+            self.fell_back("the activation has hooks")
+            return super().forward(*args, **kwargs)
+        if not self.worth(x):
+            return super().forward(*args, **kwargs)
+        gate = self.get_submodule(parts["gate"])(x)
+        if parts["up"] is None:
+            gate, up = gate.chunk(2, -1)
+            if not parts["gate_first"]:
+                gate, up = up, gate
+        else:
+            up = self.get_submodule(parts["up"])(x)
+        if parts["activation"] == "silu":
+            y = swiglu(gate, up)
+        else:
+            y = geglu(gate, up, "tanh" if parts["activation"] == "gelu_tanh" else "none")
+        for name in parts["after"]:
+            y = self.get_submodule(name)(y)
+        return y
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+
+class FastMultiheadAttention(Patched):
+    """`nn.MultiheadAttention` without weights to return and without masks, or with a causal one."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        """Attend from query to key and value."""
+        reason = self._why_not(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        )
+        if reason is not None:
+            self.fell_back(reason)
+        if reason is not None or not self.worth(query):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        tokens = 1 if self.batch_first else 0  # the dimension of the tokens
+        H, dropout_p = self.num_heads, self.dropout if self.training else 0.0
+        causal = is_causal and attn_mask is not None
+        if query is key and key is value:
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            y = attention_qkv(
+                qkv if tokens == 1 else qkv.transpose(0, 1), H, causal=causal, dropout_p=dropout_p
+            )
+        else:
+            weights = self.in_proj_weight.chunk(3)
+            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            q, k, v = (
+                F.linear(x if tokens == 1 else x.transpose(0, 1), w, b)
+                .unflatten(-1, (H, self.head_dim))
+                .transpose(1, 2)
+                for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            )
+            y = attention(q, k, v, causal=causal, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+        y = F.linear(y, self.out_proj.weight, self.out_proj.bias)
+        return (y if tokens == 1 else y.transpose(0, 1)), None
+
+    def _why_not(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+    ) -> str | None:
+        """Why the original has to take the call."""
+        if need_weights:
+            return "need_weights"
+        if key_padding_mask is not None:
+            return "key_padding_mask"
+        if attn_mask is not None and not is_causal:
+            return "attn_mask that is not said to be causal"
+        tokens = 1 if self.batch_first else 0
+        if is_causal and query.dim() == 3 and query.shape[tokens] != key.shape[tokens]:
+            return "a causal mask for other keys than the queries' tokens"
+        if query.dim() != 3 or query.is_nested or 0 in (*query.shape, *key.shape):
+            return f"query of shape {tuple(query.shape)}"
+        dtypes = {x.dtype for x in (query, key, value, self.in_proj_weight)}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type):
+            return "mixed dtypes"
+        return None
+
+
+@register(nn.MultiheadAttention, op="attention")
+def _multihead_attention(module: nn.MultiheadAttention) -> type[Patched] | str:
+    if not module._qkv_same_embed_dim:
+        return "kdim or vdim differ from embed_dim"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "add_bias_kv or add_zero_attn"
+    return FastMultiheadAttention
+
+
+class FastFunctions(Patched):
+    """A module whose forward calls a function of `torch.nn.functional` that we have, too."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What it was, with that function replaced. Compiled code keeps the original."""
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with override(self._gptfast_state["function"], self.fell_back, self.worth):
+            return super().forward(*args, **kwargs)
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+
+class FastCrossEntropyLoss(Patched):
+    """`nn.CrossEntropyLoss`."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Any:
+        """The loss of the input against the targets."""
+        if not self.worth(input):
+            return super().forward(input, target)
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            count=self.fell_back,
+        )
+
+
+@register(nn.CrossEntropyLoss, op="cross_entropy")
+def _cross_entropy_loss(module: nn.CrossEntropyLoss) -> type[Patched]:
+    return FastCrossEntropyLoss
+
+
+class FastLinearCrossEntropyLoss(Patched):
+    """`nn.LinearCrossEntropyLoss` (PyTorch 2.13) of class indices."""
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Any:
+        """The loss of the layer's logits for the input against the targets."""
+        if target.dtype != torch.int64 or input.shape[:-1] != target.shape:
+            self.fell_back("targets that are no class indices")
+            return super().forward(input, target)
+        if not self.worth(input):
+            return super().forward(input, target)
+        loss = linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            self.linear.bias,
+            weight=self.weight,
+            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+
+
+@register("torch.nn.modules.loss.LinearCrossEntropyLoss", op="linear_cross_entropy")
+def _linear_cross_entropy_loss(module: Any) -> type[Patched] | str:
+    if module.out_features:
+        return "out_features"
+    if has_hooks(module.linear) or type(module.linear) is not nn.Linear:
+        return "its linear layer was replaced, or has hooks"
+    return FastLinearCrossEntropyLoss
