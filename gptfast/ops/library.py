@@ -1,4 +1,4 @@
-"""Registration with `torch.library`: what makes a kernel visible to autograd, compile and autocast.
+"""Registration with `torch.library`, so that autograd, compile, autocast and vmap know the ops.
 
 `Library.define`/`impl` is used rather than `torch.library.custom_op`, whose call costs 2.5 times as
 much.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch._functorch import autograd_function as functorch
 from torch.autograd import forward_ad
 
 from gptfast import backend
@@ -58,11 +59,16 @@ def define(
 
     def autograd_rule(keyset: Any, *args: Any) -> Any:
         _refuse_forward_mode(name, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keyset, *args)
-        return _below_autograd(op, keyset, args)
+        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+            return _below_autograd(op, keyset, args)
+        if torch._C._are_functorch_transforms_active():
+            # `Function.apply` would start the transforms anew; the dispatcher is within one.
+            with functorch.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+                return super(torch.autograd.Function, function).apply(keyset, *args)
+        return function.apply(keyset, *args)
 
     LIBRARY.impl(name, autograd_rule, "Autograd", with_keyset=True)
+    torch.library.register_vmap(qualified, _vmap_rule(op), lib=LIBRARY)
     if autocast:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, _autocast_rule(op, autocast, key, device), key)
@@ -156,6 +162,38 @@ def _autocast_rule(
         ]
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast)
+
+    return rule
+
+
+def _vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """One call for each element of the batch: right for every op, whatever its arguments mean."""
+    written = [
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in op._schema.arguments
+    ]
+
+    def element(i: int, arg: Any, dim: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [element(i, a, d) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if not info.batch_size:
+            raise RuntimeError(f"gptfast: vmap of {op._opname} needs at least one element, got 0")
+        for is_written, arg, dim in zip(written, args, in_dims, strict=False):
+            dims = dim if isinstance(arg, (list, tuple)) else (dim,)
+            if is_written and arg is not None and None in dims:
+                raise RuntimeError(
+                    f"gptfast: vmap of {op._opname} would write to a tensor that is not batched"
+                )
+        results = [
+            op(*(element(i, arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], (tuple, list)):
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+        return (None, None) if results[0] is None else (torch.stack(results), 0)
 
     return rule
 
