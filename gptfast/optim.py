@@ -26,7 +26,10 @@ class AdamW(torch.optim.Optimizer):
             bfloat16 or float16 (float64 on the torch backend), all on one device.
         lr, betas, eps, weight_decay, maximize: as in torch, for each group. lr may be a float32
             tensor; on a GPU it is read there.
-        amsgrad: only False.
+        amsgrad, differentiable: only False.
+        foreach, fused, capturable: as in torch, where they choose between implementations; here
+            there is one, which is fused, and capturable wherever its device is. They are accepted
+            and change nothing.
         max_norm: clip the norm of all gradients together to this, as `clip_grad_norm_` with
             `error_if_nonfinite=False` does: after an infinite or NaN norm parameters are NaN.
             `math.inf` measures and does not clip. None does neither, and reads the gradients once
@@ -65,9 +68,15 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         max_norm: float | None = None,
         master_weights: bool = False,
     ) -> None:
+        if foreach and fused:
+            raise ValueError("AdamW: foreach and fused must not both be True")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"AdamW: max_norm must be at least 0 or None, got {max_norm}")
         self.max_norm = None if max_norm is None else float(max_norm)
@@ -80,6 +89,8 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
             "fused": True,  # tells torch's AdamW that steps are tensors on the device
         }
         super().__init__(params, defaults)
@@ -106,8 +117,9 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: {name} must be at least 0, got {value}")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"AdamW: betas must be in [0, 1), got {group['betas']}")
-        if group.get("amsgrad"):
-            raise ValueError("AdamW: amsgrad must be False, got True")
+        for name in ("amsgrad", "differentiable"):
+            if group.get(name):
+                raise ValueError(f"AdamW: {name} must be False, got {group[name]}")
         if group.get("decoupled_weight_decay") is False:
             raise ValueError("AdamW: weight decay must be decoupled, got the state of an Adam")
         first = next((p for g in self.param_groups for p in g["params"]), None)

@@ -468,6 +468,26 @@ def test_chunk_sizes(place):
     ]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"foreach": True}, {"foreach": False, "fused": True}, {"fused": False}, {"capturable": True}],
+    ids=str,
+)
+def test_what_chooses_an_implementation_in_torch_changes_nothing(place, options):
+    results = []
+    for given in ({}, options):
+        params = random_parameters(SIZES, (torch.float32,), place.device)
+        optimizer = AdamW(params, **given)
+        with gptfast.use_backend(place.backend):
+            run(optimizer, params, 2)
+        peer = torch.optim.AdamW(params)
+        peer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        run(peer, params, 1)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert torch.equal(p, q)
+
+
 # ---- Bad input -----------------------------------------------------------------------------------
 
 
@@ -493,6 +513,8 @@ def test_a_parameter_with_gaps(place):
 W = torch.nn.Parameter(torch.ones(3))
 ERRORS = {
     "amsgrad must be False, got True": lambda: AdamW([W], amsgrad=True),
+    "differentiable must be False, got True": lambda: AdamW([W], differentiable=True),
+    "foreach and fused must not both be True": lambda: AdamW([W], foreach=True, fused=True),
     "lr must be at least 0, got -1": lambda: AdamW([W], lr=-1),
     "eps must be at least 0, got -1": lambda: AdamW([W], eps=-1),
     "weight_decay must be at least 0, got nan": lambda: AdamW([W], weight_decay=math.nan),
