@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["triton_cases.py", "test_adamw.py", "test_gpt_triton.py"])
-def test_in_the_interpreter(file):
+def in_the_interpreter(file, which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    command += ["-m", which]
     # The interpreter has one thread: a process for each of two cores.
     done = subprocess.run(
         [*command, "--maxfail=10", "--numprocesses=2", str(HERE / file)],
@@ -30,3 +30,13 @@ def test_in_the_interpreter(file):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["triton_cases.py", "test_adamw.py", "test_gpt_triton.py"])
+def test_in_the_interpreter(file):
+    in_the_interpreter(file, "not slow")
+
+
+@pytest.mark.slow
+def test_every_case_in_every_dtype_in_the_interpreter():
+    in_the_interpreter("triton_cases.py", "slow")

@@ -20,6 +20,9 @@ from gptfast.testing import CASES, DTYPES, OPS, Case, make_problem, run_case
 
 TRITON = [op for op in OPS if "triton" in backend.OPS[op].implementations]
 LARGE = 3_000  # elements of a case; what is larger takes the interpreter seconds
+SMALL = (
+    64  # what has more runs in one dtype in `make test`, in turns, and in all in `make test-slow`
+)
 
 
 def work(case):
@@ -47,8 +50,16 @@ def work(case):
     return scores * (10 if case.options.get("dropout_p") else 1) // 8
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.op in TRITON and work(c) <= LARGE], ids=str)
+def cases_and_dtypes():
+    cases = [case for case in CASES if case.op in TRITON and work(case) <= LARGE]
+    for number, case in enumerate(cases):
+        for turn, dtype in enumerate(DTYPES):
+            now = work(case) <= SMALL or turn == number % len(DTYPES)
+            marks = () if now else pytest.mark.slow
+            yield pytest.param(case, dtype, id=f"{case}-{dtype}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
 def test_case(case, dtype):
     run_case(case, "triton", dtype)
 

@@ -459,8 +459,7 @@ def linear_cross_entropy(
         of x and as much as 1,500 rows of linear_weight. Otherwise on the torch and cpu backends:
         2^24 logits in x's dtype, or one row of them if V is larger, and the sums of linear_weight's
         gradient in float32; on torch also some float32 copies of the logits in a chunk. There a
-        mean or a sum in float32 makes the gradients in forward: they exist from then on. On
-        triton
+        mean or a sum in float32 makes the gradients in forward: they exist from then on. On triton
         nothing but four floats for each row and run of the vocabulary in forward; in backward
         gradients of 2^25 logits in x's dtype, or as many as x has elements if that is more, and
         float32 sums of x's gradient. float16 needs loss scaling, as always: gradients of logits
