@@ -212,7 +212,7 @@ def test_what_it_does_not_take_goes_through_the_modules():
     model.get_submodule(linear).register_forward_hook(lambda *_: seen.append(1))
     model.get_submodule(f"{block}.attn.c_attn").register_forward_hook(lambda *_: seen.append(1))
     generate(model, torch.zeros(1, 3, dtype=torch.int64), 4)
-    assert len(seen) == 4
+    assert len(seen) == 8
 
 
 def test_errors():

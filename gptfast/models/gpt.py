@@ -37,12 +37,14 @@ from gptfast.nn import (
     SelfAttention,
 )
 from gptfast.nn.attention import Rotation
-from gptfast.nn.quantized_linear import QuantizedLinear, product
+from gptfast.nn.hooks import is_plain
+from gptfast.nn.quantized_linear import late_bias, product
 from gptfast.ops import (
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
     cross_entropy,
+    dropout_add,
     gelu,
     linear_cross_entropy,
     rope_cache,
@@ -66,15 +68,21 @@ class MLP(nn.Module):
         columns = config.inner * (2 if config.mlp == "swiglu" else 1)
         self.c_fc = nn.Linear(config.n_embd, columns, bias=config.bias)
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T, C), with dropout."""
+        return self.resid_dropout(self.c_proj(self._hidden(x)))
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) to (B, T, C), without b_2."""
-        if self.kind == "gelu":
-            h = product(self.c_fc, x)
-            h = gelu(h) if self.c_fc.bias is None else bias_gelu(h, self.c_fc.bias)
-        else:
-            h = ACTIVATIONS[self.kind](self.c_fc(x))
-        return product(self.c_proj, h)
+        """The same without b_2 and dropout, which `add_layer_norm` can add."""
+        return product(self.c_proj, self._hidden(x))
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind != "gelu":
+            return ACTIVATIONS[self.kind](self.c_fc(x))
+        h, b = product(self.c_fc, x), late_bias(self.c_fc)
+        return gelu(h) if b is None else bias_gelu(h, b)
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -88,7 +96,8 @@ class Block(nn.Module):
     """x + attn(ln_1(x)), then x + mlp(ln_2(x)), with dropout of what is added.
 
     Each sum is made in one pass with the norm behind it; that of the last is the next block's. With
-    post-norm it is ln_1(x + attn(x)), then ln_2(x + mlp(x)).
+    post-norm it is ln_1(x + attn(x)), then ln_2(x + mlp(x)). Parts that have hooks, or that others
+    have replaced, are called one by one.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -126,12 +135,10 @@ class Block(nn.Module):
         With post-norm y is x, before and after, and nothing follows.
         """
         after_attn, after_cross, after_mlp = self._norms(following)
-        branch = self.attn.branch(y, cache, layer, rotation, documents)
-        x, y = self._add(x, branch, self.attn.c_proj, after_attn)
+        x, y = self._add(x, after_attn, self.attn, y, cache, layer, rotation, documents)
         if self.cross is not None:
-            branch = self.cross.branch(y, cast(torch.Tensor, memory), cache, layer)
-            x, y = self._add(x, branch, self.cross.c_proj, after_cross)
-        return self._add(x, self.mlp.branch(y), self.mlp.c_proj, after_mlp)
+            x, y = self._add(x, after_cross, self.cross, y, memory, cache, layer)
+        return self._add(x, after_mlp, self.mlp, y)
 
     def _norms(self, following: nn.Module | None) -> tuple[nn.Module | None, ...]:
         """The norm behind each sum."""
@@ -140,16 +147,27 @@ class Block(nn.Module):
         return (self.ln_2 if self.cross is None else self.ln_cross), self.ln_2, following
 
     def _add(
-        self, x: torch.Tensor, branch: torch.Tensor, last: nn.Linear, norm: Any
+        self, x: torch.Tensor, norm: Any, part: Any, *args: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + dropout(branch + bias of its last layer), and the norm of that."""
-        dropout_p = self.dropout if self.training else 0.0
-        options: Any = {"x_bias": last.bias, "dropout_p": dropout_p}
-        if isinstance(norm, RMSNorm):
-            y, x = add_rms_norm(branch, x, norm.weight, norm.eps, **options)
+        """x + part(*args), and the norm of that."""
+        if is_plain(part, *PARTS) and is_plain(part.resid_dropout, nn.Dropout):
+            branch, bias = part.branch(*args), late_bias(part.c_proj)
+            dropout_p = self.dropout if self.training else 0.0
         else:
+            branch, bias, dropout_p = part(*args), None, 0.0
+        options: Any = {"x_bias": bias, "dropout_p": dropout_p}
+        if is_plain(norm, RMSNorm):
+            y, x = add_rms_norm(branch, x, norm.weight, norm.eps, **options)
+        elif is_plain(norm, LayerNorm):
             y, x = add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, **options)
+        else:
+            x = dropout_add(branch if bias is None else branch + bias, x, dropout_p)
+            y = norm(x)
         return (x if self.pre_norm else y), y
+
+
+# What a block adds to the stream, in classes whose `branch` leaves the bias and dropout to it.
+PARTS = (CausalSelfAttention, SelfAttention, CrossAttention, MLP)
 
 
 def new_norm(config: GPTConfig) -> nn.Module:
@@ -293,7 +311,7 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         if loss_only and targets is not None:
             fused = is_faster(y) if self.fused_loss is None else self.fused_loss
-            if fused and not isinstance(self.lm_head, QuantizedLinear):
+            if fused and is_plain(self.lm_head, nn.Linear):
                 return None, linear_cross_entropy(y, self.lm_head.weight, targets, softcap=cap)
             return None, cross_entropy(product(self.lm_head, y), targets, softcap=cap)
         logits = product(self.lm_head, y)
