@@ -1,5 +1,7 @@
 # Every target sets up what it needs: the first `make` on a machine creates .venv, later ones reuse it.
 #   make PYTHON=/path/to/python3 ...   the interpreter of a new .venv (3.10 or newer)
+#   make CUDA=1 venv                   with the CUDA kernels, whose compilation takes minutes: left out
+#                                      (CUDA=0) where no GPU is there to run them
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,6 +14,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 
+CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
@@ -21,7 +25,7 @@ $(STAMP): requirements.txt requirements-ttsem.txt pyproject.toml setup.py $(CPP)
 	@[ -n "$(PYTHON)" ] || { echo "gptfast needs Python 3.10 or newer: make PYTHON=..."; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --requirement requirements.txt
-	$(BIN)/python -m pip install --constraint requirements.txt --editable ".[hf,lint,test]"
+	GPTFAST_CUDA=$(CUDA) $(BIN)/python -m pip install --constraint requirements.txt --editable ".[hf,lint,test]"
 	$(BIN)/python -m pip install --no-deps --ignore-requires-python --requirement requirements-ttsem.txt
 	@touch $@
 

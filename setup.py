@@ -1,20 +1,25 @@
 """Builds gptfast._C: plain pybind11 + OpenMP over raw pointers, with no PyTorch header or library.
 
 The CPU sources are compiled once per instruction set and linked together; the level is chosen at
-run time. pyproject.toml holds all metadata. Environment:
+run time. The CUDA sources are compiled by nvcc, where it is, for several generations of cards, and
+CUDA's runtime is linked in: the module loads where there is no driver. pyproject.toml holds all
+metadata. Environment:
 
   GPTFAST_REQUIRE_EXT=1   fail where the extension cannot be built (default: install without)
-  GPTFAST_CUDA=auto|1|0   CUDA kernels: when nvcc is there, required, or never
+  GPTFAST_CUDA=auto|1|0   CUDA kernels: when nvcc can build them, required, or never
+  GPTFAST_CUDA_ARCHS      what for, as in "80 90a" (default: of 80 90 100 120, what nvcc knows)
   CXX                     C++20 compiler with OpenMP (default: g++, else clang++)
   MAX_JOBS=N              compile jobs (default: what cores and memory allow)
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import ninja
@@ -35,15 +40,26 @@ AMX += ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 # it keeps the first, and that one must run on every processor (tests/test_packaging.py checks it).
 LEVELS = {"baseline": (16, []), "avx2": (32, AVX2), "avx512": (64, AVX512), "amx": (64, AMX)}
 EXPORTS = "{ global: PyInit__C; local: *; };"  # -fvisibility=hidden does not hide std:: instances
+CUDA_ARCHS = ("80", "90", "100", "120")  # A100, H100, B200, RTX 50; cards between them run one
+CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings"]
+CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
 class NinjaBuild(build_ext):
     """One ninja file for all objects, in parallel and rebuilding only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        say(f"CUDA: {cuda_decision()}")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "clang++"]
+        cuda, why = find_cuda(compiler)
         try:
-            self.build_module(Path(self.get_ext_fullpath(ext.name)).resolve())
+            try:
+                self.build_module(target, compiler, cuda, why)
+            except subprocess.CalledProcessError:
+                if cuda is None or cuda_wish() == "1":
+                    raise
+                # What nvcc cannot compile must not cost the CPU kernels.
+                self.build_module(target, compiler, None, f"none: {why} could not build them")
         except (OSError, subprocess.CalledProcessError) as error:
             # setuptools only warns, where the extension is optional
             raise CompileError(
@@ -51,8 +67,10 @@ class NinjaBuild(build_ext):
                 "For the kernels, install g++ 11 or newer and reinstall gptfast-kernels."
             ) from error
 
-    def build_module(self, target: Path) -> None:
-        compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "clang++"]
+    def build_module(
+        self, target: Path, compiler: list[str], cuda: "Cuda | None", why: str
+    ) -> None:
+        say(f"CUDA kernels: {why}")
         identity = subprocess.check_output([*compiler, "--version"], text=True).splitlines()[0]
         if not compiles([*compiler, *FLAGS], "#include <omp.h>"):
             raise OSError(f"{identity} does not compile C++20 with OpenMP")
@@ -78,12 +96,13 @@ class NinjaBuild(build_ext):
             writer = ninja.ninja_syntax.Writer(file)
             rule = f"{quoted([*compiler, *flags])} $flags -MMD -MF $out.d -c $in -o $out"
             writer.rule("cxx", rule, depfile="$out.d")
-            writer.rule("link", f"{quoted(link)} $in -o $out")
+            libraries = cuda.libraries if cuda else []
+            writer.rule("link", f"{quoted(link)} $in {quoted(libraries)} -o $out")
             objects = []
 
-            def add(source: Path, name: str, flags: list[str]) -> None:
+            def add(source: Path, name: str, flags: list[str], rule: str = "cxx") -> None:
                 objects.append(f"{name}.o")
-                writer.build(objects[-1], "cxx", str(source), variables={"flags": quoted(flags)})
+                writer.build(objects[-1], rule, str(source), variables={"flags": quoted(flags)})
 
             for level in levels:
                 width, flags = LEVELS[level]
@@ -93,34 +112,102 @@ class NinjaBuild(build_ext):
                 for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
                     if source.stem != "isa":
                         add(source, f"{source.stem}.{level}", flags)
-            facts = {"COMPILER": identity, "CPU_ISAS": ",".join(levels), "CUDA_ARCHS": ""}
+            archs = ",".join(cuda.archs) if cuda else ""
+            facts = {"COMPILER": identity, "CPU_ISAS": ",".join(levels), "CUDA_ARCHS": archs}
             defines = [f'-DGPTFAST_{name}="{value}"' for name, value in facts.items()]
+            defines.append(f'-DGPTFAST_CUDA_BUILD="{why}"')
             add(ROOT / "csrc/cpu/isa.cpp", "isa", defines)
-            add(ROOT / "csrc/bindings.cpp", "bindings", defines)
+            add(ROOT / "csrc/bindings.cpp", "bindings", defines + ["-DGPTFAST_CUDA"] * bool(cuda))
+            if cuda:
+                # The slowest first, so that none is left alone at the end.
+                sources = sorted(ROOT.glob("csrc/cuda/*.cu"), key=lambda p: -p.stat().st_size)
+                rule = f"{quoted(cuda.command)} -MD -MF $out.d -c $in -o $out"
+                writer.rule("nvcc", rule, depfile="$out.d")
+                for source in sources:
+                    add(source, f"{source.stem}.cuda", [], "nvcc")
+                add(ROOT / "csrc/cuda/bindings.cpp", "bindings.cuda", cuda.includes)
             writer.build("module", "link", objects)
         subprocess.run(
             [Path(ninja.BIN_DIR, "ninja"), "-C", build, "-j", str(max_jobs())], check=True
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / "module", target)
+        # Never into the old file: processes that have loaded it would crash.
+        shutil.copyfile(build / "module", f"{target}.new")
+        os.replace(f"{target}.new", target)
 
 
-def compiles(command: list[str], source: str = "") -> bool:
-    command = [*command, "-x", "c++", "-c", "-", "-o", os.devnull]
+def compiles(command: list[str], source: str = "", language: str = "c++") -> bool:
+    command = [*command, "-x", language, "-c", "-", "-o", os.devnull]
     return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
 
 
-def cuda_decision() -> str:
-    wish = os.environ.get("GPTFAST_CUDA", "auto")
+@dataclass(frozen=True)
+class Cuda:
+    """How to compile CUDA kernels."""
+
+    command: list[str]  # nvcc and its flags
+    archs: list[str]
+    includes: list[str]  # for a C++ compiler
+    libraries: list[str]  # for the linker
+
+
+def cuda_wish() -> str:
+    wish = os.environ.get("GPTFAST_CUDA") or "auto"
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"gptfast: GPTFAST_CUDA must be auto, 0 or 1, got {wish!r}")
+    return wish
+
+
+def find_cuda(compiler: list[str]) -> tuple[Cuda | None, str]:
+    """How to compile CUDA kernels, or None; and what was decided, in words."""
+    wish = cuda_wish()
     if wish == "0":
-        return "off, as GPTFAST_CUDA=0 says"
-    if shutil.which("nvcc"):
-        return "nvcc is there, but this version has no CUDA kernels yet; GPUs use Triton"
-    if wish == "1":
-        raise SystemExit("gptfast: GPTFAST_CUDA=1, but nvcc is not on PATH")
-    return "off, no nvcc on PATH"
+        return None, "none, as GPTFAST_CUDA=0 says"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        if wish == "1":
+            raise SystemExit(
+                "gptfast: GPTFAST_CUDA=1, but nvcc is not on PATH. Install the CUDA toolkit (from "
+                "PyPI: nvidia-cuda-nvcc, nvidia-cuda-cccl, nvidia-cuda-runtime) and put its bin on "
+                "PATH; or unset GPTFAST_CUDA to use the Triton kernels"
+            )
+        return None, "none, as nvcc is not on PATH"
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True)
+    known = [name.removeprefix("sm_") for name in known.split()]
+    given = re.split(r"[\s,;]+", os.environ.get("GPTFAST_CUDA_ARCHS", "").strip())
+    archs = [name.removeprefix("sm_") for name in given if name]
+    archs = archs or [arch for arch in CUDA_ARCHS if arch in known]
+    for arch in archs:
+        if arch.rstrip("af") not in known:
+            raise SystemExit(
+                f"gptfast: GPTFAST_CUDA_ARCHS must be of {' '.join(known)}, which {nvcc} knows; "
+                f"got {arch!r}"
+            )
+    archs.sort(key=lambda arch: (int(arch.rstrip("af")), arch))
+    dry = subprocess.run([nvcc, "-dryrun", "x.cu"], capture_output=True, text=True).stderr
+    paths = {
+        name: shlex.split(" ".join(re.findall(rf"^#\$ {name}=(.*)", dry, re.M)))
+        for name in ("INCLUDES", "LIBRARIES")
+    }
+    command = [nvcc, *CUDA_FLAGS]
+    if len(compiler) == 1:
+        command += ["-ccbin", compiler[0]]
+    for arch in archs:
+        # PTX of the newest runs on cards that are newer still.
+        code = f"[sm_{arch},compute_{arch}]" if arch == archs[-1] else f"sm_{arch}"
+        command.append(f"-gencode=arch=compute_{arch},code={code}")
+    version = subprocess.check_output([nvcc, "--version"], text=True)
+    release = "".join(re.findall(r"release ([\d.]+)", version)) or version.strip()
+    if not archs or not compiles(command, "__global__ void kernel() {}", "cu"):
+        why = f"nvcc {release} does not compile C++20 with {' '.join(compiler)}"
+        if wish == "1":
+            raise SystemExit(f"gptfast: GPTFAST_CUDA=1, but {why}. Install CUDA 12.0 or newer")
+        return None, f"none, as {why}"
+    includes = [part.replace("-I", "-isystem", 1) for part in paths["INCLUDES"]]
+    libraries = [*paths["LIBRARIES"], "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    decision = f"{names} and PTX of the last, by nvcc {release}"
+    return Cuda(command, archs, includes, libraries), decision
 
 
 def max_jobs() -> int:

@@ -23,6 +23,9 @@ void register_layer_norm(py::module_& m);
 void register_linear_decode(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
 void register_simd_probe(py::module_& m);
+#ifdef GPTFAST_CUDA
+void register_cuda(py::module_& m);
+#endif
 
 static std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -52,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = GPTFAST_COMPILER;
+    info["cuda"] = GPTFAST_CUDA_BUILD;
     info["cuda_archs"] = GPTFAST_CUDA_ARCHS;
     info["cpu_isas"] = GPTFAST_CPU_ISAS;
     return info;
@@ -67,4 +71,8 @@ PYBIND11_MODULE(_C, m) {
   register_linear_decode(m);
   register_linear_cross_entropy(m);
   register_simd_probe(m);
+#ifdef GPTFAST_CUDA
+  auto cuda = m.def_submodule("cuda", "The launchers of csrc/cuda/launchers.h.");
+  register_cuda(cuda);
+#endif
 }

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
-# Device type -> backends from best to plainest.
+# Device type -> backends from best to plainest. Triton comes before CUDA because its kernels were
+# timed on a card, and the others were not: `auto` must not get slower.
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
     "cuda": ("triton", "cuda", "torch"),
 }
 OLDEST_TRITON = (3, 5)
 HOW_TO_BUILD = "Install g++ 11 or newer and reinstall gptfast-kernels"
+HOW_TO_BUILD_CUDA = "Put nvcc on PATH and reinstall gptfast-kernels with GPTFAST_CUDA=1"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
@@ -57,8 +59,8 @@ def missing(backend: str) -> str | None:
     """Why this installation has no such backend at all, or None."""
     if backend in ("cpu", "cuda") and extension() is None:
         return f"gptfast._C is not built. {HOW_TO_BUILD}"
-    if backend == "cuda" and not extension().build_info()["cuda_archs"]:  # type: ignore[union-attr]
-        return "gptfast._C was built without CUDA"
+    if backend == "cuda":
+        return _no_cuda(extension())  # type: ignore[arg-type]
     if backend == "triton":
         try:
             import triton
@@ -68,6 +70,44 @@ def missing(backend: str) -> str | None:
             oldest = ".".join(map(str, OLDEST_TRITON))
             return f"triton must be {oldest} or newer, got {triton.__version__}"
     return None
+
+
+def _no_cuda(extension: ModuleType) -> str | None:
+    """Why the CUDA kernels of this build, if any, cannot be launched on any card, or None."""
+    if not extension.build_info()["cuda_archs"]:
+        return f"gptfast._C was built without CUDA kernels. {HOW_TO_BUILD_CUDA}"
+    driver, runtime = extension.cuda.versions()
+    if not driver:
+        return "there is no NVIDIA driver here"
+    if driver // 1000 < runtime // 1000:
+        has, needs = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+        return (
+            f"the NVIDIA driver is of CUDA {has}, gptfast._C was built with CUDA {needs}: update "
+            "the driver, or rebuild with an older nvcc"
+        )
+    return None
+
+
+def uncovered(capability: tuple[int, int], archs: str) -> str | None:
+    """Why kernels built for `archs` do not run on a card, or None.
+
+    Args:
+        capability: the card's, (9, 0) for example.
+        archs: as in `_C.build_info()`: "80,90a"; of the last there is PTX, too.
+    """
+    major, minor = capability
+    names = archs.split(",")
+    for name in names:
+        built = divmod(int(name.rstrip("af")), 10)
+        specific = not name.isdigit()
+        if built == capability or (built[0] == major and built[1] <= minor and not specific):
+            return None
+    if names[-1].isdigit() and int(names[-1]) < 10 * major + minor:
+        return None  # its PTX is compiled for the card by the driver
+    return (
+        f"gptfast._C was built for sm_{', sm_'.join(names)}, the card is sm_{major}{minor}: "
+        f"rebuild with GPTFAST_CUDA_ARCHS={major}{minor}"
+    )
 
 
 _cuda_on_cpu: ModuleType | None = None
@@ -98,15 +138,20 @@ def launch_cuda(kernel: str, x: torch.Tensor, *args: Any) -> None:
         x: decides device and dtype.
         args: all but dtype and stream; tensors go as their addresses, None as a null pointer.
     """
+    launch_cuda_on(x.device, kernel, *args, DTYPE_CODES[x.dtype])
+
+
+def launch_cuda_on(place: torch.device, kernel: str, *args: Any) -> None:
+    """Like `launch_cuda`, for a launcher that takes no dtype, or several."""
     addresses = [
         a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in args
     ]
     if _cuda_on_cpu is not None:
         module, device, stream = _cuda_on_cpu, 0, 0
     else:
-        module, device = extension().cuda, x.device.index  # type: ignore[union-attr]
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-    getattr(module, kernel)(device, *addresses, DTYPE_CODES[x.dtype], stream)
+        module, device = extension().cuda, place.index  # type: ignore[union-attr]
+        stream = torch.cuda.current_stream(place).cuda_stream
+    getattr(module, kernel)(device, *addresses, stream)
 
 
 def no_backward(*args: Any) -> Any:
@@ -202,11 +247,12 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-OPS: dict[str, Op] = {}  # every op by name, once gptfast.ops is imported
+OPS: dict[str, Op] = {}  # every listed op by name, once gptfast.ops is imported
+_every_op: list[Op] = []
 
 
 def _forget_candidates() -> None:
-    for op in OPS.values():
+    for op in _every_op:
         op._candidates.clear()
 
 
@@ -222,6 +268,7 @@ class Op:
         self.name = name
         self.implementations = implementations
         self._candidates: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {}
+        _every_op.append(self)
         if listed:
             OPS[name] = self
 
@@ -252,6 +299,11 @@ class Op:
         device = "cpu" if backend == "cpu" else "cuda"
         if x.device.type != device and not (hosted or (backend == "triton" and interpreting(x))):
             return f"its tensors must be on {device}, got {x.device.type}"
+        if backend == "cuda" and not hosted:
+            card = torch.cuda.get_device_capability(x.device)
+            reason = uncovered(card, extension().build_info()["cuda_archs"])  # type: ignore[union-attr]
+            if reason:
+                return reason
         if x.dtype not in DTYPE_CODES:
             return f"its tensors must be float32, bfloat16 or float16, got {dtype_name(x.dtype)}"
         return None

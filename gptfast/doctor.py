@@ -65,7 +65,8 @@ def doctor(json: bool = False, selftest: bool = False) -> int:
                         isa: SIMD level in use; isas: those that this processor has and this
                         build has code for; threads; shares_openmp: whether it follows
                         torch.set_num_threads;
-                        build: {compiler, cpu_isas, cuda_archs}
+                        build: {compiler, cpu_isas, cuda_archs, cuda: for what the CUDA kernels
+                        were built and by what, or why there are none}
         tools           compiler, nvcc: what they say of their version, or null
         gpus            [{name, capability, memory_gb}]
         forced_backend  from GPTFAST_BACKEND, or null
@@ -251,6 +252,8 @@ def _notes(facts: Facts) -> Iterator[str]:
         yield f"There is a GPU, but no Triton kernels: {missing['triton']}."
     if not facts["gpus"]:
         yield "There is no GPU that PyTorch can use."
+    if not extension["error"] and extension["build"]["cuda_archs"] and missing["cuda"]:
+        yield f"The CUDA kernels of this build cannot run: {missing['cuda']}."
     if facts["forced_backend"]:
         yield f"GPTFAST_BACKEND forces {facts['forced_backend']}: where it refuses, ops raise."
 
@@ -346,7 +349,7 @@ def _facts_table(facts: Facts) -> Table:
         table.add_row("gptfast._C", f"built by {build['compiler']}")
         table.add_row("SIMD level", f"{extension['isa']}, of {', '.join(extension['isas'])}")
         table.add_row("threads", f"{extension['threads']}; OpenMP shared with PyTorch: {shared}")
-        table.add_row("CUDA kernels", build["cuda_archs"] or "none in this build")
+        table.add_row("CUDA kernels", build["cuda"])
     table.add_row("C++ compiler", tools["compiler"] or "none")
     table.add_row("nvcc", tools["nvcc"] or "none")
     for gpu in facts["gpus"]:

@@ -34,6 +34,9 @@ class AdamW(torch.optim.Optimizer):
             `error_if_nonfinite=False` does: after an infinite or NaN norm parameters are NaN.
             `math.inf` measures and does not clip. None does neither, and reads the gradients once
             less.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that the mean is
+            right and small steps are not lost, with no master copy. The seed is drawn from
+            PyTorch's generator at the first step. Runs on the CUDA kernels or the reference.
         master_weights: keep an fp32 copy of each half-precision parameter, update that, and round
             it to the parameter.
 
@@ -74,13 +77,18 @@ class AdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if foreach and fused:
             raise ValueError("AdamW: foreach and fused must not both be True")
+        if master_weights and stochastic_rounding:
+            raise ValueError("AdamW: stochastic_rounding must be False with master_weights")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"AdamW: max_norm must be at least 0 or None, got {max_norm}")
         self.max_norm = None if max_norm is None else float(max_norm)
         self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.rounding_seed: torch.Tensor | None = None
         self.total_norm: torch.Tensor | None = None
         defaults = {
             "lr": lr,
@@ -160,6 +168,8 @@ class AdamW(torch.optim.Optimizer):
         if not params:
             return loss
         states = [self.state[p] or self._new_state(p) for p in params]
+        if self.stochastic_rounding and self.rounding_seed is None:
+            self.rounding_seed = torch.randint(2**63 - 1, (), device=params[0].device)
         empty = torch.empty(0)
         norm = adamw_fwd(
             params,
@@ -174,6 +184,7 @@ class AdamW(torch.optim.Optimizer):
             self.max_norm,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
+            *(() if self.rounding_seed is None else (self.rounding_seed,)),
         )
         self.total_norm = None if self.max_norm is None else norm
         return loss

@@ -35,6 +35,8 @@ if INTERPRET:
     PLACES.append(Place("triton"))
 elif torch.cuda.is_available():
     PLACES += [Place("torch", "cuda"), Place("triton", "cuda")]
+    if backend.missing("cuda") is None:
+        PLACES.append(Place("cuda", "cuda"))
 
 
 # Sizes of tails on a GPU, where each may need kernels of its own, compiled in seconds: one, and

@@ -167,6 +167,8 @@ def in_small_blocks(place, monkeypatch):
     """Let kernels cut small tensors into several chunks, of several blocks on triton."""
     if place.backend == "cpu":
         monkeypatch.setattr(op, "CPU_CHUNK", 64)
+    if place.backend == "cuda":
+        monkeypatch.setattr(op, "cuda_chunk", lambda elements: 64)
     if place.backend == "triton":
         from gptfast.kernels import adamw as kernels
 
@@ -310,6 +312,56 @@ def test_masters_see_what_bfloat16_would_lose(place):
                 optimizer.step()
     assert torch.equal(q, torch.ones_like(q))  # a step is less than half of bfloat16's
     assert torch.equal(p, torch.full_like(p, 0.99))
+
+
+def rounded_at_random(backend, seed, dtype=torch.bfloat16, device="cpu"):
+    """A step of 2^-10 from ones, of which bfloat16 has 1 and 1 - 2^-8."""
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.ones(n, dtype=dtype, device=device)) for n in (4099, 37)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = AdamW(params, lr=2**-10, weight_decay=0.0, stochastic_rounding=True)
+    with gptfast.use_backend(backend):
+        optimizer.step()
+    return params
+
+
+def test_rounding_at_random(place):
+    if place.backend not in ("torch", "cuda"):
+        with pytest.raises(RuntimeError, match="rounding at random takes the cuda backend"):
+            rounded_at_random(place.backend, 1, device=place.device)
+        return
+    params = rounded_at_random(place.backend, 1, device=place.device)
+    again = rounded_at_random(place.backend, 1, device=place.device)
+    other = rounded_at_random(place.backend, 2, device=place.device)
+    for p, q, r in zip(params, again, other, strict=True):
+        assert set(p.tolist()) == {1.0, 1 - 2**-8}
+        assert torch.equal(p, q)
+        assert not torch.equal(p, r)
+    share = float((params[0] < 1).float().mean())
+    assert abs(share - 1 / 4) < 5 * math.sqrt(3 / 16 / 4099)  # five deviations
+    reference = rounded_at_random("torch", 1, device=place.device)
+    for p, q in zip(params, reference, strict=True):
+        # w of the two may differ in its last bit, and so the sum of 16 bits in one of 65536 cases.
+        assert (p != q).float().mean() < 0.005
+
+
+def test_rounding_at_random_of_what_needs_none(place):
+    if place.backend not in ("torch", "cuda"):
+        pytest.skip("rounds to nearest only")
+    params = random_parameters(SIZES, DTYPES, place.device)
+    peer = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    params[0].grad[0] = math.nan
+    for p, q in zip(params, peer, strict=True):
+        q.grad = p.grad.clone()
+    with gptfast.use_backend(place.backend):
+        AdamW(params, stochastic_rounding=True).step()
+        AdamW(peer).step()
+    for p, q in zip(params, peer, strict=True):
+        if p.dtype == torch.bfloat16:
+            torch.testing.assert_close(p, q, rtol=2**-7, atol=0, equal_nan=True)
+        else:
+            torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_same_twice(place):
@@ -516,6 +568,9 @@ ERRORS = {
     "differentiable must be False, got True": lambda: AdamW([W], differentiable=True),
     "foreach and fused must not both be True": lambda: AdamW([W], foreach=True, fused=True),
     "lr must be at least 0, got -1": lambda: AdamW([W], lr=-1),
+    "stochastic_rounding must be False with master_weights": lambda: AdamW(
+        [W], master_weights=True, stochastic_rounding=True
+    ),
     "eps must be at least 0, got -1": lambda: AdamW([W], eps=-1),
     "weight_decay must be at least 0, got nan": lambda: AdamW([W], weight_decay=math.nan),
     "betas must be in [0, 1), got (0.9, 1.0)": lambda: AdamW([W], betas=(0.9, 1.0)),

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from math import inf
 
 import pytest
+import test_adamw
+import test_add_layer_norm
+import test_glu
 import torch
+from places import Place
 
+import gptfast
 from gptfast import backend
+from gptfast.optim import AdamW
 from gptfast.testing import CASES, DTYPES, OPS, cuda_host, make_problem, run_case
 
 pytestmark = pytest.mark.skipif(
@@ -47,3 +54,61 @@ def test_tails(op):
         for dtype in DTYPES:
             with on_the_cpu():
                 run_case(OPS[op].tail(n), "cuda", dtype)
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("dtypes", [*((d,) for d in DTYPES), DTYPES], ids=str)
+def test_adamw_step(dtypes, max_norm, masters):
+    results = []
+    for seed in SEEDS:
+        params = test_adamw.random_parameters([*test_adamw.SIZES, (3, 4099)], dtypes)
+        with on_the_cpu(seed):
+            test_adamw.judge_step(params, Place("cuda"), max_norm, masters)
+        results.append(params)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+# What tests of other files show on every place.
+EVERYWHERE = [
+    (test_adamw.test_layouts, {"layout": "transposed", "grad_layout": "strided"}),
+    (test_adamw.test_layouts, {"layout": "unaligned", "grad_layout": "expanded"}),
+    (test_adamw.test_extreme_gradients, {"values": 1e-15}),
+    (test_adamw.test_nonfinite_gradients_do_what_they_do_in_torch, {"bad": inf, "max_norm": 0.5}),
+    (test_adamw.test_lr_is_a_tensor, {}),
+    (test_adamw.test_gradient_scaler, {"unscales": False, "overflows": False}),
+    (test_adamw.test_gradient_scaler, {"unscales": True, "overflows": True}),
+    (test_adamw.test_rounding_at_random, {}),
+    (test_adamw.test_rounding_at_random_of_what_needs_none, {}),
+    (test_adamw.test_masters_see_what_bfloat16_would_lose, {}),
+    (test_add_layer_norm.test_either_result_may_go_unused, {"name": "add_layer_norm", "p": 0.4}),
+    (test_add_layer_norm.test_either_result_may_go_unused, {"name": "add_rms_norm", "p": 0.0}),
+    (test_glu.test_the_slope_at_infinity_is_the_limit, {"activation": "silu"}),
+    (test_glu.test_gradients_nobody_wants_are_not_computed, {"needs": [True, False]}),
+]
+
+
+@pytest.mark.parametrize(("test", "options"), EVERYWHERE, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_holds_everywhere(test, options):
+    with on_the_cpu():
+        test(place=Place("cuda"), **options)
+
+
+def test_adamw_in_small_chunks(monkeypatch):
+    with on_the_cpu():
+        test_adamw.test_chunks_of_several_blocks(Place("cuda"), monkeypatch)
+        test_adamw.test_thousands_of_tiny_tensors(Place("cuda"), monkeypatch)
+
+
+def test_adamw_takes_two_launches():
+    count = []
+    module = cuda_host.load()
+    for sizes in ([(3,)], [(3,)] * 50):
+        for max_norm in (None, 1.0):
+            params = test_adamw.random_parameters(sizes, DTYPES)
+            with on_the_cpu(), gptfast.use_backend("cuda"):
+                before = module.launches()
+                AdamW(test_adamw.groups_of(params), max_norm=max_norm).step()
+                count.append(module.launches() - before)
+    assert count == [2, 2, 2, 2]

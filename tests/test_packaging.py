@@ -315,6 +315,8 @@ def test_what_is_required_fails_when_missing(
 FAKE_COMPILER = """#!/bin/sh
 case "$*" in
   *--version) echo "fake 1.0"; exit ;;
+  *--list-gpu-code) echo sm_75 sm_80 sm_90; exit ;;
+  *-dryrun*) exit ;;
   *-mamx*) exit 1 ;;
 esac
 while [ $# -gt 1 ]; do
@@ -324,16 +326,62 @@ done
 """
 
 
-def test_a_level_that_the_compiler_does_not_know_is_left_out(tmp_path: Path, sdist: Path) -> None:
+@pytest.fixture
+def fake_tools(tmp_path: Path) -> Path:
+    """A folder for PATH, with a C++ compiler and an nvcc that compile nothing."""
     for name in ("g++", "nvcc"):
         (tmp_path / name).write_text(FAKE_COMPILER)
         (tmp_path / name).chmod(0o755)
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", tmp_path, sdist)
-    log = run(*pip, cwd=tmp_path, PATH=str(tmp_path), GPTFAST_CUDA="1", GPTFAST_REQUIRE_EXT="1")
+    return tmp_path
+
+
+def build_wheel(fake_tools: Path, sdist: Path, **options: str | bool) -> str:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", fake_tools, sdist)
+    wanted = {"PATH": str(fake_tools), "GPTFAST_CUDA": "1", "GPTFAST_REQUIRE_EXT": "1"}
+    return run(*pip, cwd=fake_tools, **{**wanted, **options})
+
+
+def test_what_the_compilers_do_not_know_is_left_out(fake_tools: Path, sdist: Path) -> None:
+    log = build_wheel(fake_tools, sdist)
     assert "gptfast: fake 1.0; CPU levels baseline, avx2, avx512;" in log
-    assert "gptfast: CUDA: nvcc is there, but this version has no CUDA kernels" in log
-    (built,) = tmp_path.glob("*.whl")
+    assert "gptfast: CUDA kernels: sm_80, sm_90 and PTX of the last, by nvcc fake 1.0" in log
+    (built,) = fake_tools.glob("*.whl")
     assert any(name.startswith("gptfast/_C.") for name in names(built))
+
+
+def test_an_architecture_that_nvcc_does_not_know(fake_tools: Path, sdist: Path) -> None:
+    log = build_wheel(fake_tools, sdist, fails=True, GPTFAST_CUDA_ARCHS="sm_90, 130")
+    assert "GPTFAST_CUDA_ARCHS must be of 75 80 90, which " in log
+    assert "got '130'" in log
+
+
+WITHOUT_A_DRIVER = """
+from gptfast import _C, backend
+assert _C.build_info()["cuda_archs"] == "80,90", _C.build_info()
+assert _C.build_info()["cuda"].startswith("sm_80, sm_90 and PTX of the last, by nvcc ")
+driver, runtime = _C.cuda.versions()
+assert runtime >= 12000
+if driver == 0:
+    assert backend.missing("cuda") == "there is no NVIDIA driver here"
+    try:
+        _C.cuda.gelu_fwd(0, 0, 0, 1, True, 0, 0)
+    except RuntimeError as error:
+        assert "Without a GPU and its driver no kernel can run" in str(error), error
+    else:
+        raise AssertionError("launched without a driver")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_a_build_with_cuda_kernels_loads_without_a_driver(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "environment")
+    tree = clean_copy(tmp_path / "environment/tree")
+    wanted = {"GPTFAST_CUDA": "1", "GPTFAST_CUDA_ARCHS": "90 80"}
+    log = environment.pip_install(tree, **wanted)
+    assert "gptfast: CUDA kernels: sm_80, sm_90 and PTX of the last, by nvcc " in log
+    environment.execute(WITHOUT_A_DRIVER)
+    environment.execute("from gptfast.doctor import doctor; assert doctor() == 0")
 
 
 def test_an_editable_install_imports_the_tree(tmp_path: Path, no_tools: str) -> None:

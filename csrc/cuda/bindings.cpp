@@ -9,7 +9,8 @@
 #ifdef GPTFAST_CUDA_ON_CPU
 namespace cuda_on_cpu {
 extern uint64_t seed;
-}
+extern int64_t launches;
+}  // namespace cuda_on_cpu
 #else
 #include <cuda_runtime_api.h>
 #endif
@@ -36,11 +37,24 @@ class DeviceGuard {
 
  private:
   static void check(cudaError_t status) {
-    if (status != cudaSuccess)
-      throw std::runtime_error(std::string("gptfast: CUDA: ") + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    std::string what = std::string("gptfast: CUDA: ") + cudaGetErrorString(status);
+    if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice)
+      what += ". Without a GPU and its driver no kernel can run; `gptfast doctor` tells more";
+    throw std::runtime_error(what);
   }
   int before_ = 0;
 };
+#endif
+
+#ifndef GPTFAST_CUDA_ON_CPU
+// CUDA versions, 13000 for 13.0: the newest that the driver knows, 0 without one, and ours.
+pybind11::tuple versions() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return pybind11::make_tuple(driver, runtime);
+}
 #endif
 
 template <class... Args>
@@ -59,18 +73,33 @@ void bind_launcher(pybind11::module_& m, const char* name, void (*launcher)(Args
 
 void register_cuda(pybind11::module_& m) {
 #define BIND(name) gptfast::bind_launcher(m, #name, gptfast::cuda::name)
+  BIND(adamw);
+  BIND(bias_gelu_bwd);
+  BIND(bias_gelu_fwd);
   BIND(cross_entropy_bwd);
   BIND(cross_entropy_fwd);
   BIND(gelu_bwd);
   BIND(gelu_fwd);
+  BIND(glu_bwd);
+  BIND(glu_fwd);
   BIND(layer_norm_bwd);
   BIND(layer_norm_fwd);
 #undef BIND
+#ifndef GPTFAST_CUDA_ON_CPU
+  m.def("versions", &gptfast::versions);
+#endif
 }
 
 #ifdef GPTFAST_CUDA_ON_CPU
+#ifdef GPTFAST_COUNTS
+void register_traffic(pybind11::module_& m);
+#endif
 PYBIND11_MODULE(cuda_on_cpu, m) {
   register_cuda(m);
   m.def("set_seed", [](uint64_t seed) { cuda_on_cpu::seed = seed; });
+  m.def("launches", [] { return cuda_on_cpu::launches; });
+#ifdef GPTFAST_COUNTS
+  register_traffic(m);
+#endif
 }
 #endif

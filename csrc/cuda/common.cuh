@@ -53,11 +53,24 @@ void with_dtype(DType dtype, const Body& body) {
   }
 }
 
+// Calls body with values of the storage types of a branch and of the stream that it joins, which has
+// the branch's or is fp32.
+template <class Body>
+void with_stream_dtype(DType branch, DType stream, const Body& body) {
+  with_dtype(branch, [&](auto t) {
+    if (stream == branch)
+      body(t, t);
+    else
+      body(t, float{});
+  });
+}
+
 // ---- 128-bit accesses -----------------------------------------------------------------------------
 
-// kWidth neighbours of T, loaded and stored in one instruction where they fill 16 bytes.
+// kWidth neighbours of T, loaded and stored in one instruction where they fill 16 bytes, in several
+// where they are more.
 template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
+struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Pack {
   T value[kWidth];
 
   __device__ __forceinline__ float operator[](int i) const { return to_float(value[i]); }
@@ -76,7 +89,26 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kWidth>& pack) {
   *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
 }
 
-// The same from any address.
+// The first `count` of kWidth neighbours, and zeros: in one instruction where `whole`, which says that
+// these are all and aligned, and otherwise element by element.
+template <int kWidth, class T>
+__device__ __forceinline__ Pack<T, kWidth> load_some(const T* from, bool whole, int64_t count) {
+  if (whole) return load<kWidth>(from);
+  Pack<T, kWidth> pack;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) pack.value[i] = i < count ? from[i] : from_float<T>(0.0f);
+  return pack;
+}
+template <class T, int kWidth>
+__device__ __forceinline__ void store_some(T* to, const Pack<T, kWidth>& pack, bool whole,
+                                           int64_t count) {
+  if (whole) return store(to, pack);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i)
+    if (i < count) to[i] = pack.value[i];
+}
+
+// kWidth neighbours from any address.
 template <int kWidth, class T>
 __device__ __forceinline__ Pack<T, kWidth> load_any(const T* from) {
   Pack<T, kWidth> pack;

@@ -12,22 +12,55 @@
 
 namespace gptfast::cuda {
 
+// tensors: (n_tensors, 12), chunks: (n_chunks, 2), each of `chunk` elements, hyper: (groups, 8), as
+// `Tables` in gptfast/ops/adamw.py has them. max_norm: negative where nothing is clipped. grad_scale,
+// found_inf, rounding_seed: one number each, or null. norm: one number, written where something is clipped. partial:
+// (programs,), programs at least 1; scalars: (n_tensors, 8): scratch.
+void adamw(const int64_t* tensors, const int64_t* chunks, const double* hyper, int64_t n_tensors,
+           int64_t n_chunks, int64_t chunk, double max_norm, const float* grad_scale,
+           const float* found_inf, const int64_t* rounding_seed, float* norm, float* partial,
+           int64_t programs, float* scalars, cudaStream_t stream);
+
 // x, y: (n,).
 void gelu_fwd(const void* x, void* y, int64_t n, bool tanh_form, DType dtype, cudaStream_t stream);
 void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form, DType dtype,
               cudaStream_t stream);
 
-// x, y: (M, N). w, b: (N,) or null, in a dtype of their own. mean, rstd: (M,). mean is null for
-// RMSNorm, here and in backward. shared_bytes: what a block may use on this card.
-void layer_norm_fwd(const void* x, const void* w, DType w_dtype, const void* b, DType b_dtype,
-                    void* y, float* mean, float* rstd, int64_t M, int64_t N, float eps,
-                    int64_t shared_bytes, DType dtype, cudaStream_t stream);
-// dx, dw, db: null where nobody asked. partial: (programs, 2, N), needed for dw and db, each row of
-// which sums the rows p, p + programs, ... of x.
-void layer_norm_bwd(const void* dy, const void* x, const void* w, DType w_dtype, const float* mean,
-                    const float* rstd, void* dx, float* dw, float* db, float* partial,
-                    int64_t programs, int64_t M, int64_t N, int64_t shared_bytes, DType dtype,
+// x, y: (M, N). bias: (N,), in a dtype of its own.
+void bias_gelu_fwd(const void* x, const void* bias, DType bias_dtype, void* y, int64_t M, int64_t N,
+                   bool tanh_form, DType dtype, cudaStream_t stream);
+// dx, db: null where nobody asked. partial: (programs, N), needed for db.
+void bias_gelu_bwd(const void* dy, const void* x, const void* bias, DType bias_dtype, void* dx,
+                   float* db, float* partial, int64_t programs, int64_t M, int64_t N,
+                   bool tanh_form, DType dtype, cudaStream_t stream);
+
+// gate, up, y: (M, N); rows of gate and up lie stride_gate and stride_up apart. activation: its
+// position in ACTIVATIONS of gptfast/ops/glu.py.
+void glu_fwd(const void* gate, const void* up, void* y, int64_t stride_gate, int64_t stride_up,
+             int64_t M, int64_t N, int activation, DType dtype, cudaStream_t stream);
+// dgate, dup: null where nobody asked; their rows lie stride_grad apart.
+void glu_bwd(const void* dy, const void* gate, const void* up, void* dgate, void* dup,
+             int64_t stride_gate, int64_t stride_up, int64_t stride_grad, int64_t M, int64_t N,
+             int activation, DType dtype, cudaStream_t stream);
+
+// LayerNorm of r = residual + z (x + x_bias), or of x without a residual; r is then not written. All
+// of these, and y: (M, N). residual and r have r_dtype: x's, or fp32. x_bias, w, b: (N,) or null, in
+// dtypes of their own. seed: of the dropout mask, on the device; null: no dropout. mean, rstd: (M,).
+// mean is null for RMSNorm, here and in backward. shared_bytes: what a block may use on this card.
+void layer_norm_fwd(const void* x, const void* residual, const void* x_bias, DType x_bias_dtype,
+                    const void* w, DType w_dtype, const void* b, DType b_dtype, const int64_t* seed,
+                    int64_t threshold, void* y, void* r, float* mean, float* rstd, int64_t M,
+                    int64_t N, float eps, int64_t shared_bytes, DType r_dtype, DType x_dtype,
                     cudaStream_t stream);
+// dy, and dr, the gradient of r: null where there is none. dresidual, dx, dw, db, dx_bias: null where
+// nobody asked; without a residual x's gradient is dresidual. partial: (programs, 3, N), or of 2
+// without dx_bias: needed for dw, db and dx_bias, each row sums the rows p, p + programs, ... of r.
+// c1_c2: (M, 2), needed for dx_bias.
+void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w, DType w_dtype,
+                    const float* mean, const float* rstd, const int64_t* seed, int64_t threshold,
+                    void* dresidual, void* dx, float* dw, float* db, float* dx_bias, float* partial,
+                    float* c1_c2, int64_t programs, int64_t M, int64_t N, int64_t shared_bytes,
+                    DType x_dtype, DType r_dtype, cudaStream_t stream);
 
 // x: (M, V). target: (M,). w: (V,) or null, in its own dtype. loss, lse: (M,). A target that is
 // neither in [0, V) nor ignore_index makes its loss NaN. softcap: 0 for none.

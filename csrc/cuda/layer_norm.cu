@@ -1,22 +1,27 @@
-// LayerNorm over the last dimension of x (M rows, N columns), RMSNorm where there is no mean, and
-// their gradients. The maths stands in gptfast/ops/layer_norm.py.
+// LayerNorm over the last dimension (M rows, N columns), RMSNorm where there is no mean, and their
+// gradients, alone or behind the sum of the residual stream: r = residual + z (x + x_bias), or r = x.
+// The maths stands in gptfast/ops/layer_norm.py and gptfast/ops/add_layer_norm.py.
 //
 // A row belongs to blockDim.x threads; where that is one warp, a block holds blockDim.y rows. Each
 // thread takes a pack of 16 bytes and keeps it in registers, or in wide rows several, kept in shared
-// memory: forward reads x and writes y once, backward reads dy and x and writes dx once. Only rows
-// that do not fit into shared memory are read again for every sweep.
+// memory: forward reads x (and residual) and writes y (and r) once, backward reads dy, r (and dr) and
+// writes dresidual (and dx) once. Only rows that do not fit into shared memory are read again for
+// every sweep.
 //
-// dw and db are summed in two stages, without atomics. Each of `programs` groups of threads walks
-// over its rows p, p + programs, ... and sums its columns in registers, or for wide rows in shared
-// memory; a second kernel adds the programs' sums in a fixed order. Where shared memory is too small
-// for the sums of a row, they take a kernel of their own, which reads dy and x once more.
-#include "common.cuh"
+// dw, db and dx_bias are summed in two stages, without atomics. Each of `programs` groups of threads
+// walks over its rows p, p + programs, ... and sums its columns in registers, or for wide rows in
+// shared memory; a second kernel adds the programs' sums in a fixed order. Where shared memory is too
+// small for the sums of a row, they take a kernel of their own, which reads everything once more.
+#include "column_sums.cuh"
 #include "launchers.h"
+#include "philox.cuh"
 
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;  // with more, 64 registers a thread do not hold backward's sums
+// With more, 64 registers a thread do not hold backward's sums. One block of them is enough for ptxas
+// to plan with (the 1 in __launch_bounds__): for a second one it would spill.
+constexpr int kMaxThreads = 512;
 constexpr int kRowsPerBlock = 4;  // where a row takes one warp
 
 // Calls body(column) for every pack of this thread. kWide: a thread may have several.
@@ -31,20 +36,23 @@ __device__ __forceinline__ void for_each_pack(int64_t N, const Body& body) {
   }
 }
 
-// This thread's packs of one row, read from global memory once. cache: shared memory for N elements,
-// or null where there is no room (or no need, as the one pack is in registers).
+// This thread's packs of one row: read(column) once, then kept. cache: shared memory for N elements,
+// or null where there is no room (or no need, as the one pack is in registers); the row is then found
+// in global memory, at `again`.
 template <class T, int kWidth, bool kWide>
 struct Row {
   const T* source;
   Pack<T, kWidth> own;
 
-  __device__ __forceinline__ Row(const T* row, T* cache, int64_t N)
-      : source(kWide && cache ? cache : row) {
+  template <class Read>
+  __device__ __forceinline__ Row(const T* again, T* cache, int64_t N, const Read& read)
+      : source(kWide && cache ? cache : again) {
     for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
+      const Pack<T, kWidth> pack = read(c);
       if constexpr (!kWide)
-        own = load<kWidth>(row + c);
+        own = pack;
       else if (cache)
-        store(cache + c, load<kWidth>(row + c));
+        store(cache + c, pack);
     });
   }
   __device__ __forceinline__ Pack<T, kWidth> at(int64_t c) const {
@@ -55,239 +63,352 @@ struct Row {
   }
 };
 
-template <class T, int kWidth, bool kWide>
-__global__ void __launch_bounds__(kMaxThreads)
-    layer_norm_fwd_kernel(const T* __restrict__ x, Parameter w, Parameter b, T* __restrict__ y,
+// What is normalised, (M, N) like everything else here. Without a residual it is x, and r is not
+// written.
+template <class T, class R>
+struct Stream {
+  const T* x;
+  const R* residual;
+  Parameter x_bias;
+  Dropout dropout;
+  R* r;
+
+  template <int kWidth>
+  __device__ __forceinline__ Pack<R, kWidth> read(int64_t row, int64_t c, int64_t N,
+                                                  bool live) const {
+    const auto branch = load<kWidth>(x + row * N + c);
+    if constexpr (std::is_same_v<T, R>)
+      if (!residual) return branch;
+    Pack<R, kWidth> out;
+    float sum[kWidth];
+    x_bias.load(c, sum, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum[i] += branch[i];
+    dropout.apply(row, c, sum);
+    const auto stream = load<kWidth>(residual + row * N + c);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) out.set(i, stream[i] + sum[i]);
+    if (live) store(r + row * N + c, out);
+    return out;
+  }
+  __device__ __forceinline__ const R* written() const {
+    if constexpr (std::is_same_v<T, R>) return residual ? r : x;
+    return r;
+  }
+};
+
+// inverse_n: 1 / N, here and in backward, as a division in a kernel is a call that spills registers.
+template <class T, class R, int kWidth, bool kWide>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    layer_norm_fwd_kernel(Stream<T, R> stream, Parameter w, Parameter b, T* __restrict__ y,
                           float* __restrict__ mean, float* __restrict__ rstd, int64_t M, int64_t N,
-                          float eps, bool cached) {
+                          float inverse_n, float eps, bool cached) {
   DYN_SMEM(memory);
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const bool live = row < M;
   if (!live) row = M - 1;  // takes part, and writes nothing
-  const Row<T, kWidth, kWide> xs(x + row * N, cached ? reinterpret_cast<T*>(memory) : nullptr, N);
+  const Row<R, kWidth, kWide> rows(
+      stream.written() + row * N, cached ? reinterpret_cast<R*>(memory) : nullptr, N,
+      [&](int64_t c) { return stream.template read<kWidth>(row, c, N, live); });
   float mu = 0.0f;
   if (mean) {
     float sum[1] = {};
     for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
-      const auto pack = xs.at(c);
+      const auto pack = rows.at(c);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sum[0] += pack[i];
     });
     row_reduce<Sum>(sum);
-    mu = sum[0] / N;
+    mu = sum[0] * inverse_n;
   }
   float squares[1] = {};
   for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
-    const auto pack = xs.at(c);
+    const auto pack = rows.at(c);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) squares[0] += (pack[i] - mu) * (pack[i] - mu);
   });
   row_reduce<Sum>(squares);
-  const float rs = 1.0f / sqrtf(squares[0] / N + eps);
+  const float rs = rsqrtf(squares[0] * inverse_n + eps);
   if (!live) return;
   if (threadIdx.x == 0) {
     if (mean) mean[row] = mu;
     rstd[row] = rs;
   }
   for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
-    auto pack = xs.at(c);
+    const auto pack = rows.at(c);
+    Pack<T, kWidth> out;
     float scale[kWidth], shift[kWidth];
     w.load(c, scale, 1.0f);
     b.load(c, shift, 0.0f);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) pack.set(i, (pack[i] - mu) * rs * scale[i] + shift[i]);
-    store(y + row * N + c, pack);
+    for (int i = 0; i < kWidth; ++i) out.set(i, (pack[i] - mu) * rs * scale[i] + shift[i]);
+    store(y + row * N + c, out);
   });
 }
 
-// Where a backward block keeps what in shared memory.
-struct BackwardMemory {
-  bool sums;    // 2 N floats, of wide rows
-  bool caches;  // N elements of dy and of x
+// What backward is given, and where its results go. dy, dr and mean may be null, and so may every
+// result. partial: (programs, sums, N).
+template <class T, class R>
+struct Backward {
+  const T* dy;
+  const R *r, *dr;
+  Parameter w;
+  const float *mean, *rstd;
+  Dropout dropout;
+  R* dresidual;
+  T* dx;
+  float *partial, *c1_c2;
+  int64_t programs, M, N;
+  float inverse_n;
+  bool sums_dx_bias;
+
+  __device__ __forceinline__ int sums() const { return sums_dx_bias ? 3 : 2; }
 };
 
-// dx may be null, and so may partial, (programs, 2, N). inverse_n: 1 / N, as a division here would
-// spill registers around its call.
-template <class T, int kWidth, bool kWide>
-__global__ void __launch_bounds__(kMaxThreads)
-    layer_norm_bwd_kernel(const T* __restrict__ dy, const T* __restrict__ x, Parameter w,
-                          const float* __restrict__ mean, const float* __restrict__ rstd,
-                          T* __restrict__ dx, float* __restrict__ partial, int64_t programs,
-                          int64_t M, int64_t N, float inverse_n, BackwardMemory keeps) {
+// Where a backward block keeps what in shared memory.
+struct BackwardMemory {
+  bool sums;    // floats, of wide rows
+  bool caches;  // N elements of r and of dy
+};
+
+template <class T, class R, int kWidth, bool kWide>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    layer_norm_bwd_kernel(const Backward<T, R> a, const BackwardMemory keeps) {
   DYN_SMEM(memory);
+  const int64_t N = a.N;
   float* const shared_sums = reinterpret_cast<float*>(memory);
-  T* const dy_cache = reinterpret_cast<T*>(memory + (keeps.sums ? 2 * N * sizeof(float) : 0));
-  float own_sums[2][kWidth] = {};  // of the one pack, where rows are not wide
+  R* const r_cache = reinterpret_cast<R*>(memory + (keeps.sums ? a.sums() * N * sizeof(float) : 0));
+  T* const dy_cache = reinterpret_cast<T*>(r_cache + N);
+  float own_sums[kMostSums][kWidth] = {};  // of the one pack, where rows are not wide
   const auto sum_at = [&](int which, int64_t c, int i) -> float& {
     return kWide ? shared_sums[which * N + c + i] : own_sums[which][i];
   };
-  if (kWide && partial)
+  if (kWide && a.partial)
     for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
+      for (int which = 0; which < a.sums(); ++which)
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum_at(0, c, i) = sum_at(1, c, i) = 0.0f;
+        for (int i = 0; i < kWidth; ++i) shared_sums[which * N + c + i] = 0.0f;
     });
 
   const int64_t program = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   // A block's last groups may be more than there are programs; only rows of one warp, which meet no
   // barrier, share a block.
-  if (program >= programs) return;
-  for (int64_t row = program; row < M; row += programs) {
-    const float mu = mean ? mean[row] : 0.0f, rs = rstd[row];
-    const Row<T, kWidth, kWide> dys(dy + row * N, keeps.caches ? dy_cache : nullptr, N);
-    const Row<T, kWidth, kWide> xs(x + row * N, keeps.caches ? dy_cache + N : nullptr, N);
+  if (program >= a.programs) return;
+  for (int64_t row = program; row < a.M; row += a.programs) {
+    const float mu = a.mean ? a.mean[row] : 0.0f, rs = a.rstd[row];
+    const T* const dy_row = a.dy ? a.dy + row * N : nullptr;
+    const Row<T, kWidth, kWide> dys(dy_row, keeps.caches ? dy_cache : nullptr, N, [&](int64_t c) {
+      return dy_row ? load<kWidth>(dy_row + c) : Pack<T, kWidth>{};
+    });
+    const Row<R, kWidth, kWide> rows(a.r + row * N, keeps.caches ? r_cache : nullptr, N,
+                                     [&](int64_t c) { return load<kWidth>(a.r + row * N + c); });
     // body(c, dy, xhat, wdy), the last three of kWidth values
     const auto sweep = [&](const auto& body) {
       for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
-        const auto dy_pack = dys.at(c), x_pack = xs.at(c);
+        const auto dy_pack = dys.at(c);
+        const auto r_pack = rows.at(c);
         float xhat[kWidth], wdy[kWidth];
-        w.load(c, wdy, 1.0f);
+        a.w.load(c, wdy, 1.0f);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          xhat[i] = (x_pack[i] - mu) * rs;
+          xhat[i] = (r_pack[i] - mu) * rs;
           wdy[i] *= dy_pack[i];
         }
         body(c, dy_pack, xhat, wdy);
       });
     };
     float c1_c2[2] = {};
-    sweep([&](int64_t c, const auto& dy_pack, auto& xhat, auto& wdy) {
+    if (dy_row)
+      sweep([&](int64_t c, const auto& dy_pack, auto& xhat, auto& wdy) {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        c1_c2[0] += wdy[i] * xhat[i];
-        c1_c2[1] += wdy[i];
+        for (int i = 0; i < kWidth; ++i) {
+          c1_c2[0] += wdy[i] * xhat[i];
+          c1_c2[1] += wdy[i];
+        }
+        if (!a.partial) return;
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          sum_at(0, c, i) += dy_pack[i] * xhat[i];
+          sum_at(1, c, i) += dy_pack[i];
+        }
+      });
+    if (!a.dresidual && !a.dx && !a.sums_dx_bias) continue;
+    if (dy_row) row_reduce<Sum>(c1_c2);
+    const float c1 = c1_c2[0] * a.inverse_n, c2 = a.mean ? c1_c2[1] * a.inverse_n : 0.0f;
+    if (a.c1_c2 && threadIdx.x == 0) {
+      a.c1_c2[2 * row] = c1;
+      a.c1_c2[2 * row + 1] = c2;
+    }
+    const auto finish = [&](int64_t c, auto& total) {
+      if (a.dr) {
+        const auto pack = load<kWidth>(a.dr + row * N + c);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) total[i] += pack[i];
       }
-      if (!partial) return;
+      if (a.dresidual) {
+        Pack<R, kWidth> out;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        sum_at(0, c, i) += dy_pack[i] * xhat[i];
-        sum_at(1, c, i) += dy_pack[i];
+        for (int i = 0; i < kWidth; ++i) out.set(i, total[i]);
+        store(a.dresidual + row * N + c, out);
       }
-    });
-    if (!dx) continue;
-    row_reduce<Sum>(c1_c2);
-    const float c1 = c1_c2[0] * inverse_n, c2 = mean ? c1_c2[1] * inverse_n : 0.0f;
-    sweep([&](int64_t c, auto&, auto& xhat, auto& wdy) {
-      Pack<T, kWidth> out;
+      if (!a.dx && !a.sums_dx_bias) return;
+      a.dropout.apply(row, c, total);
+      if (a.dx) {
+        Pack<T, kWidth> out;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) out.set(i, (wdy[i] - c1 * xhat[i] - c2) * rs);
-      store(dx + row * N + c, out);
-    });
+        for (int i = 0; i < kWidth; ++i) out.set(i, total[i]);
+        store(a.dx + row * N + c, out);
+      }
+      if (a.partial && a.sums_dx_bias)
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) sum_at(2, c, i) += total[i];
+    };
+    if (dy_row)
+      sweep([&](int64_t c, auto&, auto& xhat, auto& wdy) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) wdy[i] = (wdy[i] - c1 * xhat[i] - c2) * rs;
+        finish(c, wdy);
+      });
+    else
+      for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
+        float total[kWidth] = {};
+        finish(c, total);
+      });
   }
-  if (!partial) return;
-  partial += program * 2 * N;
+  if (!a.partial) return;
+  float* const partial = a.partial + program * a.sums() * N;
   for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      partial[c + i] = sum_at(0, c, i);
-      partial[N + c + i] = sum_at(1, c, i);
-    }
+    for (int which = 0; which < kMostSums; ++which)
+      if (which < a.sums())
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) partial[which * N + c + i] = sum_at(which, c, i);
   });
 }
 
 // A column per thread, over the rows of program blockIdx.y, blockIdx.y + programs, ...
-template <class T>
-__global__ void __launch_bounds__(256)
-    layer_norm_bwd_dw_kernel(const T* __restrict__ dy, const T* __restrict__ x,
-                             const float* __restrict__ mean, const float* __restrict__ rstd,
-                             float* __restrict__ partial, int64_t M, int64_t N) {
-  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+template <class T, class R>
+__global__ void __launch_bounds__(256) layer_norm_bwd_sums_kernel(const Backward<T, R> a) {
+  const int64_t N = a.N, c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (c >= N) return;
-  float dw = 0.0f, db = 0.0f;
-  for (int64_t row = blockIdx.y; row < M; row += gridDim.y) {
-    const float grad = to_float(dy[row * N + c]), mu = mean ? mean[row] : 0.0f;
-    dw += grad * ((to_float(x[row * N + c]) - mu) * rstd[row]);
-    db += grad;
+  float sum[kMostSums] = {};
+  const float weight = a.w.data ? a.w.at(c) : 1.0f;
+  for (int64_t row = blockIdx.y; row < a.M; row += gridDim.y) {
+    const float grad = a.dy ? to_float(a.dy[row * N + c]) : 0.0f;
+    const float mu = a.mean ? a.mean[row] : 0.0f, rs = a.rstd[row];
+    const float xhat = (to_float(a.r[row * N + c]) - mu) * rs;
+    sum[0] += grad * xhat;
+    sum[1] += grad;
+    if (!a.sums_dx_bias) continue;
+    float total[1] = {(grad * weight - a.c1_c2[2 * row] * xhat - a.c1_c2[2 * row + 1]) * rs};
+    if (a.dr) total[0] += to_float(a.dr[row * N + c]);
+    a.dropout.apply(row, c, total);
+    sum[2] += total[0];
   }
-  partial += int64_t{blockIdx.y} * 2 * N + c;
-  partial[0] = dw;
-  partial[N] = db;
-}
-
-// Row blockIdx.y of (dw, db), 32 columns a block: sum_p partial_pj. Warp i of the block adds the
-// programs i, i + 32, ...; then the 32 sums are added in turn.
-__global__ void __launch_bounds__(32 * 32)
-    layer_norm_bwd_sum_kernel(const float* __restrict__ partial, float* __restrict__ dw,
-                              float* __restrict__ db, int64_t programs, int64_t N) {
-  __shared__ float of_warp[32][32];
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  const int64_t c = int64_t{blockIdx.x} * 32 + lane;
-  float sum = 0.0f;
-  if (c < N)
-    for (int64_t p = warp; p < programs; p += 32) sum += partial[(p * 2 + blockIdx.y) * N + c];
-  of_warp[warp][lane] = sum;
-  __syncthreads();
-  float* const out = blockIdx.y == 0 ? dw : db;
-  if (warp != 0 || c >= N || !out) return;
-  for (int i = 1; i < 32; ++i) sum += of_warp[i][lane];
-  out[c] = sum;
+  float* const partial = a.partial + int64_t{blockIdx.y} * a.sums() * N + c;
+#pragma unroll
+  for (int which = 0; which < kMostSums; ++which)
+    if (which < a.sums()) partial[which * N] = sum[which];
 }
 
 // Calls body(width constant, wide constant, block) for rows of N elements. One pack a thread for as
-// long as a block has threads, which leaves most loads in flight; single elements, which are what
-// unaligned rows take, soon more than one, since they cost a thread as much as a pack does.
+// long as a block has threads, which leaves most loads in flight. Single elements, which are what
+// unaligned rows take, are always several to a thread, since they cost it as much as a pack does.
 template <class T, class Body>
 void with_shape(bool aligned, int64_t N, const Body& body) {
   with_width<T>(aligned, N, [&](auto width) {
     const int64_t packs = ceil_div(N, int64_t{width});
-    if (packs > (width == 1 ? 128 : kMaxThreads)) {
+    if (width > 1 && packs <= kMaxThreads) {
+      const unsigned warps = packs <= 32 ? 1 : static_cast<unsigned>(ceil_div(packs, int64_t{32}));
+      if constexpr (width > 1)  // which is not compiled for single elements
+        body(width, std::false_type{}, dim3(32 * warps, warps == 1 ? kRowsPerBlock : 1));
+    } else {
       const int64_t threads = ceil_div(packs, int64_t{4 * 32}) * 32;
       body(width, std::true_type{}, dim3(threads < kMaxThreads ? threads : kMaxThreads));
-    } else {
-      const unsigned warps = packs <= 32 ? 1 : static_cast<unsigned>(ceil_div(packs, int64_t{32}));
-      body(width, std::false_type{}, dim3(32 * warps, warps == 1 ? kRowsPerBlock : 1));
     }
   });
 }
 
 }  // namespace
 
-void layer_norm_fwd(const void* x, const void* w, DType w_dtype, const void* b, DType b_dtype,
-                    void* y, float* mean, float* rstd, int64_t M, int64_t N, float eps,
-                    int64_t shared_bytes, DType dtype, cudaStream_t stream) {
+void layer_norm_fwd(const void* x, const void* residual, const void* x_bias, DType x_bias_dtype,
+                    const void* w, DType w_dtype, const void* b, DType b_dtype, const int64_t* seed,
+                    int64_t threshold, void* y, void* r, float* mean, float* rstd, int64_t M,
+                    int64_t N, float eps, int64_t shared_bytes, DType r_dtype, DType x_dtype,
+                    cudaStream_t stream) {
   if (M == 0) return;
-  with_dtype(dtype, [&](auto t) {
+  with_stream_dtype(x_dtype, r_dtype, [&](auto t, auto s) {
     using T = decltype(t);
-    with_shape<T>(aligned_16(x, w, b, y), N, [&](auto width, auto wide, dim3 block) {
-      const int64_t cache = N * static_cast<int64_t>(sizeof(T));
+    using R = decltype(s);
+    const bool aligned = aligned_16(x, residual, x_bias, w, b, y, r);
+    const Dropout dropout(seed, threshold);
+    const Stream<T, R> sum{static_cast<const T*>(x), static_cast<const R*>(residual),
+                           Parameter{x_bias, x_bias_dtype}, dropout, static_cast<R*>(r)};
+    with_shape<T>(aligned, N, [&](auto width, auto wide, dim3 block) {
+      const int64_t cache = N * static_cast<int64_t>(sizeof(R));
       const bool cached = wide && cache <= shared_bytes;
-      LAUNCH((layer_norm_fwd_kernel<T, width, wide>), grid_of(ceil_div(M, int64_t{block.y})), block,
-             cached ? static_cast<size_t>(cache) : 0, stream, static_cast<const T*>(x),
-             (Parameter{w, w_dtype}), (Parameter{b, b_dtype}), static_cast<T*>(y), mean, rstd, M, N,
-             eps, cached);
+      LAUNCH((layer_norm_fwd_kernel<T, R, width, wide>), grid_of(ceil_div(M, int64_t{block.y})),
+             block, cached ? static_cast<size_t>(cache) : 0, stream, sum, (Parameter{w, w_dtype}),
+             (Parameter{b, b_dtype}), static_cast<T*>(y), mean, rstd, M, N, 1.0f / N, eps, cached);
     });
   });
 }
 
-void layer_norm_bwd(const void* dy, const void* x, const void* w, DType w_dtype, const float* mean,
-                    const float* rstd, void* dx, float* dw, float* db, float* partial,
-                    int64_t programs, int64_t M, int64_t N, int64_t shared_bytes, DType dtype,
-                    cudaStream_t stream) {
+void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w, DType w_dtype,
+                    const float* mean, const float* rstd, const int64_t* seed, int64_t threshold,
+                    void* dresidual, void* dx, float* dw, float* db, float* dx_bias, float* partial,
+                    float* c1_c2, int64_t programs, int64_t M, int64_t N, int64_t shared_bytes,
+                    DType x_dtype, DType r_dtype, cudaStream_t stream) {
   if (M == 0 || N == 0) return;
-  const bool needs_dw = dw || db;
-  with_dtype(dtype, [&](auto t) {
+  const bool needs_sums = dw || db || dx_bias;
+  const int sums = dx_bias ? 3 : 2;
+  with_stream_dtype(x_dtype, r_dtype, [&](auto t, auto s) {
     using T = decltype(t);
-    const auto *dy_t = static_cast<const T*>(dy), *x_t = static_cast<const T*>(x);
-    with_shape<T>(aligned_16(dy, x, w, dx), N, [&](auto width, auto wide, dim3 block) {
-      const int64_t cache = 2 * N * static_cast<int64_t>(sizeof(T));
-      const int64_t sums = 2 * N * static_cast<int64_t>(sizeof(float));
-      BackwardMemory keeps{wide && needs_dw && sums <= shared_bytes, false};
-      keeps.caches = wide && dx && cache + (keeps.sums ? sums : 0) <= shared_bytes;
-      const bool together = needs_dw && (keeps.sums || !wide);
-      if (dx || together)
-        LAUNCH((layer_norm_bwd_kernel<T, width, wide>),
+    using R = decltype(s);
+    Backward<T, R> a{static_cast<const T*>(dy),
+                     static_cast<const R*>(r),
+                     static_cast<const R*>(dr),
+                     Parameter{w, w_dtype},
+                     mean,
+                     rstd,
+                     Dropout(seed, threshold),
+                     static_cast<R*>(dresidual),
+                     static_cast<T*>(dx),
+                     partial,
+                     nullptr,
+                     programs,
+                     M,
+                     N,
+                     1.0f / N,
+                     dx_bias != nullptr};
+    const bool aligned = aligned_16(r, dy, dr, w, dresidual, dx);
+    with_shape<T>(aligned, N, [&](auto width, auto wide, dim3 block) {
+      const int64_t of_sums = sums * N * static_cast<int64_t>(sizeof(float));
+      const int64_t cache = N * static_cast<int64_t>(sizeof(T) + sizeof(R));
+      BackwardMemory keeps{wide && needs_sums && of_sums <= shared_bytes, false};
+      const bool rows = dresidual || dx || dx_bias;
+      keeps.caches = wide && rows && cache + (keeps.sums ? of_sums : 0) <= shared_bytes;
+      const bool together = needs_sums && (keeps.sums || !wide);
+      if (rows || together) {
+        auto of_rows = a;
+        if (!together) {
+          of_rows.partial = nullptr;
+          of_rows.c1_c2 = dx_bias ? c1_c2 : nullptr;
+        }
+        LAUNCH((layer_norm_bwd_kernel<T, R, width, wide>),
                grid_of(ceil_div(programs, int64_t{block.y})), block,
-               static_cast<size_t>((keeps.sums ? sums : 0) + (keeps.caches ? cache : 0)), stream,
-               dy_t, x_t, (Parameter{w, w_dtype}), mean, rstd, static_cast<T*>(dx),
-               together ? partial : nullptr, programs, M, N, 1.0f / N, keeps);
-      if (needs_dw && !together)
-        LAUNCH((layer_norm_bwd_dw_kernel<T>),
+               static_cast<size_t>((keeps.sums ? of_sums : 0) + (keeps.caches ? cache : 0)), stream,
+               of_rows, keeps);
+      }
+      if (needs_sums && !together) {
+        a.c1_c2 = c1_c2;
+        LAUNCH((layer_norm_bwd_sums_kernel<T, R>),
                dim3(grid_of(ceil_div(N, int64_t{256})), static_cast<unsigned>(programs)), 256, 0,
-               stream, dy_t, x_t, mean, rstd, partial, M, N);
+               stream, a);
+      }
     });
   });
-  if (needs_dw)
-    LAUNCH(layer_norm_bwd_sum_kernel, dim3(grid_of(ceil_div(N, int64_t{32})), 2), dim3(32, 32), 0,
-           stream, static_cast<const float*>(partial), dw, db, programs, N);
+  if (needs_sums) add_column_sums(partial, {{dw, db, dx_bias}}, sums, programs, N, stream);
 }
 
 }  // namespace gptfast::cuda

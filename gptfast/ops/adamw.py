@@ -9,6 +9,11 @@ w <- w - lr lambda w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 lambda is the weight decay, the sign is minus for `maximize`, and scale is that of a `GradScaler`.
 Where its found_inf is not 0, nothing changes, t included.
 
+With a rounding_seed, a bfloat16 parameter without a master copy gets w rounded up or down at
+random, so that the mean is w: a step that is less than half of bfloat16's is not lost. Philox
+draws 16 bits for the seed, the parameter's number, t, and the element's place in memory; they are
+added to w's fp32 bits, and the lower 16 of the sum are dropped.
+
 The op writes to its arguments and has no derivative. Kernels see the tensors through a table of
 addresses, so that a step takes the same few launches however many tensors there are.
 """
@@ -26,6 +31,7 @@ import torch
 
 from gptfast import backend
 from gptfast.ops.library import define, pointer, statistics_dtype
+from gptfast.ops.philox import random_bits
 
 Tensors = list[torch.Tensor]
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -61,6 +67,7 @@ def reference_fwd(
     max_norm: float | None,
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula in PyTorch, a tensor at a time."""
     inverse = 1.0 if grad_scale is None else 1 / grad_scale
@@ -88,9 +95,26 @@ def reference_fwd(
         size, root = lr / (1 - s.beta1**t), (1 - s.beta2**t).sqrt()
         wide = w.to(m.dtype)
         new_w = wide - lr * s.weight_decay * wide - size * new_m / (new_v.sqrt() / root + s.eps)
-        for old, new in ((m, new_m), (v, new_v), (w, new_w), (p, new_w)):
+        stored = new_w
+        if rounding_seed is not None and w is p and p.dtype == torch.bfloat16:
+            stored = round_at_random(new_w, p, rounding_seed, i, step)
+        for old, new in ((m, new_m), (v, new_v), (w, stored), (p, stored)):
             old.copy_(new if keeps is None else torch.where(keeps, new, old.to(new.dtype)))
     return norm.to(torch.float32)
+
+
+def round_at_random(
+    w: torch.Tensor, p: torch.Tensor, seed: torch.Tensor, number: int, step: torch.Tensor
+) -> torch.Tensor:
+    """One of the two bfloat16 numbers around each w, in fp32; p says how it lies in memory."""
+    place = torch.arange(p.numel(), device=p.device)
+    dense = p.is_contiguous() or p.stride() == torch.empty_like(p, device="meta").stride()
+    place = place.as_strided(p.shape, p.stride()) if dense else place.view(p.shape)
+    mask = 0xFFFFFFFF
+    words = (place // 8 & mask, place // 8 >> 32, torch.full_like(place, number), step.long())
+    bits = random_bits(seed, torch.broadcast_tensors(*words), place % 8)
+    rounded = (w.contiguous().view(torch.int32) + bits.contiguous()) & ~0xFFFF
+    return torch.where(w.isfinite(), rounded.to(torch.int32).view(torch.float32), w)
 
 
 # A tensor's row of the table: addresses (0: there is none), then numbers. Kernels know the order.
@@ -214,7 +238,11 @@ def _same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _why_not(
-    x: torch.Tensor, params: Tensors, grads: Tensors, states: tuple[Tensors, ...]
+    x: torch.Tensor,
+    params: Tensors,
+    grads: Tensors,
+    states: tuple[Tensors, ...],
+    rounding_seed: torch.Tensor | None,
 ) -> str | None:
     """Kernels walk over memory: no gaps, no element twice, and every tensor in the same order."""
     for i, p in enumerate(params):
@@ -230,6 +258,13 @@ def _why_not(
                 given = state[i].stride()
                 return f"the state of parameter {i} must have strides {p.stride()}, got {given}"
     return None
+
+
+def _why_not_at_random(x: torch.Tensor, *args: Any) -> str | None:
+    """Of the kernels that round to nearest."""
+    if args[-1] is not None:
+        return "rounding at random takes the cuda backend"
+    return _why_not(x, *args)
 
 
 # Elements of a chunk on a CPU: large enough for its reads to run ahead, small enough to share out.
@@ -249,6 +284,7 @@ def cpu_fwd(
     max_norm: float | None,
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    rounding_seed: None = None,
 ) -> torch.Tensor:
     """The `cpu` backend of the op."""
     grads = laid_out_alike(params, grads)
@@ -275,12 +311,75 @@ def cpu_fwd(
     return norm
 
 
+def cuda_chunk(elements: int) -> int:
+    """Elements that a block of the CUDA kernels updates, of so many in all tensors.
+
+    At least a pack of 8 for each of its 256 threads. The aim is 4096 blocks, several for every
+    place on today's largest cards; it ends at 65536 elements, by when the tables are a thousandth
+    of the traffic. A function of the size alone, since the norm must not depend on the card.
+    """
+    power = 1 << max((elements // 4096).bit_length() - 1, 0)
+    return min(max(power, 2048), 65536)
+
+
+def cuda_fwd(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    masters: Tensors,
+    groups: list[int],
+    hyper: list[float],
+    lrs: Tensors,
+    max_norm: float | None,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    rounding_seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The `cuda` backend of the op."""
+    chunk = cuda_chunk(sum(p.numel() for p in params))
+    grads = laid_out_alike(params, grads)
+    tables = make_tables(
+        params, grads, exp_avgs, exp_avg_sqs, steps, masters, groups, hyper, lrs, chunk
+    )
+    chunks = len(tables.chunks)
+    # 1024 sums at most, 4 KB, as every block of the update reads them all.
+    programs = max(1, min(chunks, 1024))
+    new = params[0].new_empty
+    norm = new((0,) if max_norm is None else (), dtype=torch.float32)
+    partial = None if max_norm is None else new(programs, dtype=torch.float32)
+    scalars = new(len(params), 8, dtype=torch.float32)
+    backend.launch_cuda_on(
+        params[0].device,
+        "adamw",
+        tables.tensors,
+        tables.chunks,
+        tables.hyper,
+        len(params),
+        chunks,
+        chunk,
+        -1.0 if max_norm is None else max_norm,
+        grad_scale,
+        found_inf,
+        rounding_seed,
+        norm,
+        partial,
+        programs,
+        scalars,
+    )
+    return norm
+
+
 OP = backend.Op(
     "adamw",
     {
         "torch": backend.Implementation(reference_fwd),
-        "cpu": backend.Implementation(cpu_fwd, why_not=_why_not),
-        "triton": backend.triton_implementation("adamw", why_not=_why_not, forward_only=True),
+        "cpu": backend.Implementation(cpu_fwd, why_not=_why_not_at_random),
+        "triton": backend.triton_implementation(
+            "adamw", why_not=_why_not_at_random, forward_only=True
+        ),
+        "cuda": backend.Implementation(cuda_fwd, why_not=_why_not),
     },
     listed=False,  # it writes to lists of tensors: tests/test_adamw.py
 )
@@ -293,14 +392,24 @@ def _fwd(
     exp_avg_sqs: Tensors,
     steps: Tensors,
     masters: Tensors,
-    *rest: Any,
+    groups: list[int],
+    hyper: list[float],
+    lrs: Tensors,
+    max_norm: float | None,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    implementation = OP.choose(params[0], params, grads, (exp_avgs, exp_avg_sqs, masters))
-    return implementation.fwd(params, grads, exp_avgs, exp_avg_sqs, steps, masters, *rest)
+    states = (exp_avgs, exp_avg_sqs, masters)
+    implementation = OP.choose(params[0], params, grads, states, rounding_seed)
+    tensors = params, grads, *states[:2], steps, masters
+    seed = () if rounding_seed is None else (rounding_seed,)
+    rest = groups, hyper, lrs, max_norm, grad_scale, found_inf, *seed
+    return implementation.fwd(*tensors, *rest)
 
 
 def _fake_fwd(params: Tensors, *rest: Any) -> torch.Tensor:
-    max_norm = rest[-3]
+    max_norm = rest[8]
     shape = (0,) if max_norm is None else ()
     return params[0].new_empty(shape, dtype=torch.float32)
 
@@ -308,7 +417,8 @@ def _fake_fwd(params: Tensors, *rest: Any) -> torch.Tensor:
 adamw_fwd = define(
     "adamw_fwd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
     " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] masters, int[] groups,"
-    " float[] hyper, Tensor[] lrs, float? max_norm, Tensor? grad_scale, Tensor? found_inf)"
+    " float[] hyper, Tensor[] lrs, float? max_norm, Tensor? grad_scale, Tensor? found_inf,"
+    " Tensor? rounding_seed=None)"
     " -> Tensor",
     _fwd,
     _fake_fwd,

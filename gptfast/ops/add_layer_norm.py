@@ -27,6 +27,8 @@ from gptfast.ops.layer_norm import (
     check_rows,
     cpu_backward,
     cpu_forward,
+    cuda_backward,
+    cuda_forward,
     gradients,
     normalise,
     sum_rows,
@@ -88,6 +90,7 @@ OP = backend.Op(
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_forward, cpu_backward),
         "triton": backend.triton_implementation("add_layer_norm", "layer_norm"),
+        "cuda": backend.Implementation(cuda_forward, cuda_backward),
     },
 )
 

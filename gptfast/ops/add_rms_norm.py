@@ -15,7 +15,14 @@ from gptfast import backend
 from gptfast.ops.add_layer_norm import fake_gradients, residual_gradients
 from gptfast.ops.add_layer_norm import reference_bwd as layer_norm_bwd
 from gptfast.ops.dropout_add import check_residual, residual_sum
-from gptfast.ops.layer_norm import Tensors4, check_rows, cpu_backward, cpu_forward
+from gptfast.ops.layer_norm import (
+    Tensors4,
+    check_rows,
+    cpu_backward,
+    cpu_forward,
+    cuda_backward,
+    cuda_forward,
+)
 from gptfast.ops.library import define, statistics_dtype
 from gptfast.ops.philox import checked_seed
 from gptfast.ops.rms_norm import normalise
@@ -90,12 +97,46 @@ def cpu_bwd(
     return dresidual, dx, dw, dx_bias
 
 
+def cuda_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    w: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> Tensors3:
+    """The `cuda` backend of the forward op."""
+    y, r, _, rstd = cuda_forward(x, residual, w, None, x_bias, seed, eps, dropout_p, is_rms=True)
+    return y, r, rstd
+
+
+def cuda_bwd(
+    r: torch.Tensor,
+    dy: torch.Tensor | None,
+    dr: torch.Tensor | None,
+    w: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> Tensors4:
+    """The `cuda` backend of the backward op."""
+    needs = [*needs[:3], False, needs[3]]
+    dresidual, dx, dw, _, dx_bias = cuda_backward(
+        r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
+    )
+    return dresidual, dx, dw, dx_bias
+
+
 OP = backend.Op(
     "add_rms_norm",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("add_rms_norm", "layer_norm"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 

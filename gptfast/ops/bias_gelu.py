@@ -18,6 +18,7 @@ from gptfast.ops.library import (
     check_device,
     check_floating,
     check_shape,
+    cuda_parameter,
     define,
     fp32_parameter,
     pointer,
@@ -94,12 +95,46 @@ def cpu_bwd(
     return dx, db
 
 
+def cuda_fwd(x: torch.Tensor, bias: torch.Tensor, approximate: str) -> torch.Tensor:
+    """The `cuda` backend of the forward op."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    N = bias.numel()
+    sizes = x.numel() // max(N, 1), N, approximate == "tanh"
+    backend.launch_cuda("bias_gelu_fwd", x, x, *cuda_parameter(bias), y, *sizes)
+    return y
+
+
+def cuda_bwd(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, approximate: str, needs: list[bool]
+) -> Tensors2:
+    """The `cuda` backend of the backward op."""
+    dy, x = dy.contiguous(), x.contiguous()
+    N = bias.numel()
+    M = x.numel() // max(N, 1)
+    dx = torch.empty_like(x) if needs[0] else None
+    # 32 rows a program keep what it writes and reads again, 8 N bytes, within a twentieth of the
+    # 192 N that they move in bfloat16; 256 programs of N / 256 blocks keep today's cards busy.
+    programs = max(1, min(-(-M // 32), 256))
+    db = partial = None
+    if needs[1]:
+        # Zeros where no row is: the kernels are not launched then.
+        db = (torch.empty if M else torch.zeros)(N, dtype=torch.float32, device=x.device)
+        partial = torch.empty(programs, N, dtype=torch.float32, device=x.device)
+    given = dy, x, *cuda_parameter(bias)
+    sizes = programs, M, N, approximate == "tanh"
+    backend.launch_cuda("bias_gelu_bwd", x, *given, dx, db, partial, *sizes)
+    empty = x.new_empty(0)
+    return empty if dx is None else dx, empty if db is None else db
+
+
 OP = backend.Op(
     "bias_gelu",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("bias_gelu", "gelu"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 

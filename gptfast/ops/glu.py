@@ -31,7 +31,7 @@ from gptfast.ops.library import (
     statistics_dtype,
 )
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of their codes in csrc/cpu/gelu.cpp
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of their codes in csrc
 GELU_FORMS = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> `approximate`
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 
@@ -158,12 +158,45 @@ def cpu_bwd(
     return grads[0], grads[1]
 
 
+def cuda_fwd(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """The `cuda` backend of the forward op."""
+    gate, up = halves(gate, up)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if y.numel():
+        gate, up = as_matrix(gate), as_matrix(up)
+        sizes = gate.stride(0), up.stride(0), *matrix_shape(gate, up)
+        backend.launch_cuda("glu_fwd", gate, gate, up, y, *sizes, ACTIVATIONS.index(activation))
+    return y
+
+
+def cuda_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> Tensors2:
+    """The `cuda` backend of the backward op."""
+    dgate, dup, *grads = empty_gradients(gate, up, needs)
+    gate, up = halves(gate, up)
+    if dy.numel() and any(needs):
+        dy, gate, up = dy.contiguous(), as_matrix(gate), as_matrix(up)
+        dgate, dup = (x if x is None else as_matrix(x) for x in (dgate, dup))
+        written = [x for x in (dgate, dup) if x is not None]
+        strides = gate.stride(0), up.stride(0), written[0].stride(0)
+        sizes = *strides, *matrix_shape(gate, up, *written)
+        given = dy, gate, up, dgate, dup
+        backend.launch_cuda("glu_bwd", gate, *given, *sizes, ACTIVATIONS.index(activation))
+    return grads[0], grads[1]
+
+
 OP = backend.Op(
     "glu",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("glu"),
+        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
 )
 

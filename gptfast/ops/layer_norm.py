@@ -217,53 +217,88 @@ def cuda_fwd(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, eps: float
 ) -> Tensors3:
     """The `cuda` backend of the forward op."""
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    y, rstd = cuda_normalise(x, w, b, eps, mean)
+    y, _, mean, rstd = cuda_forward(x, None, w, b, None, None, eps, 0.0)
     return y, mean, rstd
-
-
-def cuda_normalise(
-    x: torch.Tensor,
-    w: torch.Tensor | None,
-    b: torch.Tensor | None,
-    eps: float,
-    mean: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and rstd; fills mean. Without mean, RMSNorm's."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    parameters = *cuda_parameter(w), *cuda_parameter(b)
-    sizes = rstd.numel(), x.shape[-1], eps, target_of(x.device).shared_memory
-    backend.launch_cuda("layer_norm_fwd", x, x, *parameters, y, mean, rstd, *sizes)
-    return y, rstd
 
 
 def cuda_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     w: torch.Tensor | None,
-    mean: torch.Tensor | None,
+    mean: torch.Tensor,
     rstd: torch.Tensor,
     needs: list[bool],
 ) -> Tensors3:
-    """The `cuda` backend of the backward op; without mean, RMSNorm's."""
-    dy, x, rstd = dy.contiguous(), x.contiguous(), rstd.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    M, N = rstd.numel(), x.shape[-1]
-    dx = torch.empty_like(x) if needs[0] else None
-    # Zeros where no row is: the kernels are not launched then.
-    dw, db = (x.new_zeros(N, dtype=torch.float32) if need else None for need in needs[1:])
-    programs = cuda_programs(M)
-    partial = None
-    if needs[1] or needs[2]:
-        partial = torch.empty(programs, 2, N, dtype=torch.float32, device=x.device)
-    shared = target_of(x.device).shared_memory
-    given = dy, x, *cuda_parameter(w), mean, rstd
-    sizes = programs, M, N, shared
-    backend.launch_cuda("layer_norm_bwd", x, *given, dx, dw, db, partial, *sizes)
-    dx, dw, db = (x.new_empty(0) if g is None else g for g in (dx, dw, db))
+    """The `cuda` backend of the backward op."""
+    needs = [needs[0], False, *needs[1:], False]
+    dx, _, dw, db, _ = cuda_backward(x, dy, None, w, mean, rstd, None, 0.0, x.dtype, needs)
     return dx, dw, db
+
+
+def cuda_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    w: torch.Tensor | None,
+    b: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    is_rms: bool = False,
+) -> Tensors4:
+    """What `cpu_forward` returns, by the CUDA kernels."""
+    x = x.contiguous()
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    mean = None if is_rms else torch.empty_like(rstd)
+    y = torch.empty_like(x)
+    r = x
+    if residual is not None:
+        residual = residual.contiguous()
+        r = torch.empty_like(residual)
+    parameters = *cuda_parameter(x_bias), *cuda_parameter(w), *cuda_parameter(b)
+    results = y, None if residual is None else r, mean, rstd
+    sizes = rstd.numel(), x.shape[-1], eps, target_of(x.device).shared_memory
+    mask = seed, dropout_threshold(dropout_p)
+    codes = (backend.DTYPE_CODES[r.dtype],)
+    backend.launch_cuda(
+        "layer_norm_fwd", x, x, residual, *parameters, *mask, *results, *sizes, *codes
+    )
+    return y, r, rstd.new_empty(0) if mean is None else mean, rstd
+
+
+def cuda_backward(
+    r: torch.Tensor,
+    dy: torch.Tensor | None,
+    dr: torch.Tensor | None,
+    w: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> Tensors5:
+    """What `cpu_backward` returns, by the CUDA kernels."""
+    r, rstd = r.contiguous(), rstd.contiguous()
+    dy, dr, mean = (None if t is None else t.contiguous() for t in (dy, dr, mean))
+    M, N = rstd.numel(), r.shape[-1]
+    dresidual = torch.empty_like(r) if needs[0] else None
+    dx = torch.empty_like(r, dtype=x_dtype) if needs[1] else None
+    # Zeros where no row is: the kernels are not launched then.
+    new = rstd.new_empty if M else rstd.new_zeros
+    sums = [new(N) if need else None for need in needs[2:]]
+    programs = cuda_programs(M)
+    partial = c1_c2 = None
+    if any(needs[2:]):
+        partial = rstd.new_empty(programs, 3 if needs[4] else 2, N)
+        c1_c2 = rstd.new_empty(M, 2) if needs[4] else None
+    given = r, dy, dr, *cuda_parameter(w), mean, rstd, seed, dropout_threshold(dropout_p)
+    sizes = programs, M, N, target_of(r.device).shared_memory, backend.DTYPE_CODES[x_dtype]
+    backend.launch_cuda("layer_norm_bwd", r, *given, dresidual, dx, *sums, partial, c1_c2, *sizes)
+    empty = r.new_empty(0)
+    dx = r.new_empty(0, dtype=x_dtype) if dx is None else dx
+    first = empty if dresidual is None else dresidual
+    return first, dx, *(rstd.new_empty(0) if g is None else g for g in sums)  # type: ignore[return-value]
 
 
 def cuda_programs(M: int) -> int:

@@ -24,9 +24,19 @@ def dropout_factors(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The factors z, 0 or 2^16 / threshold, at (head, i, j), which broadcast against each other."""
-    mask = 0xFFFFFFFF
     head, i, j = torch.broadcast_tensors(head, i, j)
-    c0, c1, c2, c3 = i, j // 8, head, torch.zeros_like(i)
+    bits = random_bits(seed, (i, j // 8, head, torch.zeros_like(i)), j % 8)
+    threshold = dropout_threshold(dropout_p)
+    inverse_keep = 65536 / threshold if threshold else 0.0
+    return (bits < threshold).to(dtype) * inverse_keep
+
+
+def random_bits(
+    seed: torch.Tensor, counter: tuple[torch.Tensor, ...], lane: torch.Tensor
+) -> torch.Tensor:
+    """16 of Philox's 128 bits at a counter of four words: the ones that `lane`, 0 to 7, says."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         # 32 x 32 bit products, assembled from 16-bit halves: int64 would overflow.
@@ -34,12 +44,8 @@ def dropout_factors(
         high1, low1 = _multiply_wide(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    lane = j % 8
     word = torch.where(lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3))
-    bits = torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
-    threshold = dropout_threshold(dropout_p)
-    inverse_keep = 65536 / threshold if threshold else 0.0
-    return (bits < threshold).to(dtype) * inverse_keep
+    return torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
 
 
 def dropout_threshold(dropout_p: float) -> int:

@@ -18,10 +18,10 @@ from gptfast.ops.layer_norm import (
     check_rows,
     cpu_backward,
     cpu_forward,
-    cuda_normalise,
+    cuda_backward,
+    cuda_forward,
     gradients,
 )
-from gptfast.ops.layer_norm import cuda_bwd as cuda_gradients
 from gptfast.ops.library import define, statistics_dtype
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
@@ -74,7 +74,8 @@ def cpu_bwd(
 
 def cuda_fwd(x: torch.Tensor, w: torch.Tensor | None, eps: float) -> Tensors2:
     """The `cuda` backend of the forward op."""
-    return cuda_normalise(x, w, None, eps, None)
+    y, _, _, rstd = cuda_forward(x, None, w, None, None, None, eps, 0.0, is_rms=True)
+    return y, rstd
 
 
 def cuda_bwd(
@@ -85,7 +86,8 @@ def cuda_bwd(
     needs: list[bool],
 ) -> Tensors2:
     """The `cuda` backend of the backward op."""
-    dx, dw, _ = cuda_gradients(dy, x, w, None, rstd, [*needs, False])
+    needs = [needs[0], False, needs[1], False, False]
+    dx, _, dw, _, _ = cuda_backward(x, dy, None, w, None, rstd, None, 0.0, x.dtype, needs)
     return dx, dw
 
 

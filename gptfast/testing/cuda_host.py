@@ -52,13 +52,16 @@ def missing() -> str | None:
     return None
 
 
-def compile_all(sources: Sequence[Path], flags: Sequence[str], target: Path) -> Path:
+def compile_all(
+    sources: Sequence[Path], flags: Sequence[str], target: Path, of_kernels: Sequence[str] = ()
+) -> Path:
     """Compile and link for the host runner, once for each state of the sources.
 
     Args:
         sources: .cu and .cpp files.
         flags: besides `FLAGS`; for the linker, too.
         target: in a folder of its own, which is replaced where it is out of date.
+        of_kernels: more flags, for the compilation of the .cu files alone.
 
     Raises:
         RuntimeError: what is missing, or what the compiler said.
@@ -67,7 +70,7 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], target: Path) -> 
         raise RuntimeError(f"the CUDA sources cannot be run here: {reason}")
     command = ["g++", *FLAGS, *flags, "-isystem", f"{toolkit()}/include"]
     headers = [p for folder in ("common", "cuda") for p in (ROOT / "csrc" / folder).rglob("*.*")]
-    state = hashlib.sha256(repr((command, sys.version)).encode())
+    state = hashlib.sha256(repr((command, of_kernels, sys.version)).encode())
     for path in sorted({*headers, *sources}):
         state.update(str(path).encode() + path.read_bytes())
     stamp = target.parent / "state"
@@ -78,7 +81,8 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], target: Path) -> 
 
     def compiled(source: Path) -> str:
         out = str(target.parent / f"{source.stem}{source.suffix}.o")
-        _run([*command, "-x", "c++", "-c", str(source), "-o", out])
+        more = of_kernels if source.suffix == ".cu" else ()
+        _run([*command, *more, "-x", "c++", "-c", str(source), "-o", out])
         return out
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -89,8 +93,11 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], target: Path) -> 
 
 
 @cache
-def load() -> ModuleType:
+def load(counts: bool = False) -> ModuleType:
     """The module with the launchers of `gptfast._C.cuda`, and `set_seed` for the thread order.
+
+    Args:
+        counts: whether to build it with `watch` and `take` of csrc/cuda/host/traffic.cpp, too.
 
     Raises:
         RuntimeError: see `compile_all`.
@@ -98,10 +105,18 @@ def load() -> ModuleType:
     import pybind11  # of the tests only
 
     include = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
-    flags = ("-O1", "-shared", "-fvisibility=hidden", "-DGPTFAST_CUDA_ON_CPU", *include)
+    flags = ["-O1", "-shared", "-fvisibility=hidden", "-DGPTFAST_CUDA_ON_CPU", *include]
     folder = ROOT / "csrc/cuda"
     sources = [*sorted(folder.glob("*.cu")), folder / "bindings.cpp"]
-    target = compile_all(sources, flags, ROOT / "build/cuda-on-cpu/module/cuda_on_cpu.so")
+    name, of_kernels = "module", []
+    if counts:
+        # Calls at every access, of our own functions: without the macro nothing asks for the rest.
+        of_kernels = ["-fsanitize=thread", "-U__SANITIZE_THREAD__"]
+        flags.append("-DGPTFAST_COUNTS")
+        sources.append(folder / "host/traffic.cpp")
+        name = "counting"
+    target = ROOT / f"build/cuda-on-cpu/{name}/cuda_on_cpu.so"
+    compile_all(sources, flags, target, of_kernels)
     loader = importlib.machinery.ExtensionFileLoader("cuda_on_cpu", str(target))
     module = importlib.util.module_from_spec(
         importlib.machinery.ModuleSpec("cuda_on_cpu", loader, origin=str(target))

@@ -30,6 +30,7 @@ struct Buffer {
   operator float*() const { return reinterpret_cast<float*>(bytes.get()); }
 };
 
+int64_t bytes_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
 Buffer floats(int64_t n) { return Buffer(n, DType::F32); }
 
 void run_gelu(int64_t n, bool tanh_form, DType dtype) {
@@ -38,15 +39,72 @@ void run_gelu(int64_t n, bool tanh_form, DType dtype) {
   gptfast::cuda::gelu_bwd(dy, x, out, n, tanh_form, dtype, nullptr);
 }
 
+// One tensor, of which the last chunk is no whole one.
+void run_adamw(int64_t n, bool master, double max_norm, DType dtype) {
+  const Buffer p(n, dtype), g(n, dtype), m = floats(n), v = floats(n);
+  const Buffer wide = master ? floats(n) : Buffer(), step = floats(1), norm = floats(1);
+  for (int64_t i = 0; i < n; ++i) static_cast<float*>(v)[i] *= static_cast<float*>(v)[i];
+  static_cast<float*>(step)[0] = 1.0f;
+  const auto address = [](const void* x) { return reinterpret_cast<int64_t>(x); };
+  const int64_t code = static_cast<int64_t>(dtype), chunk = 2048, chunks = (n + chunk - 1) / chunk;
+  const int64_t tensors[12] = {address(p),    address(g), address(m), address(v), address(wide),
+                               address(step), 0,          n,          0,          code,
+                               code,          1};
+  const double hyper[8] = {0.1, 0.9, 0.99, std::log(0.9), std::log(0.99), 1e-8, 0.1, 1.0};
+  const auto table = std::make_unique<int64_t[]>(2 * chunks);
+  for (int64_t i = 0; i < chunks; ++i) table[2 * i + 1] = i;
+  const Buffer partial = floats(2), scalars = floats(8), scale = floats(1);
+  const int64_t seed = 7;
+  gptfast::cuda::adamw(tensors, table.get(), hyper, 1, chunks, chunk, max_norm, scale, nullptr,
+                       master ? nullptr : &seed, norm, partial, chunks < 2 ? chunks : 2, scalars,
+                       nullptr);
+}
+
+void run_bias_gelu(int64_t M, int64_t N, bool tanh_form, DType dtype) {
+  const int64_t programs = M < 3 ? M : 3;
+  const Buffer x(M * N, dtype), dy(M * N, dtype), out(M * N, dtype), bias = floats(N);
+  const Buffer db = floats(N), partial = floats(programs * N);
+  gptfast::cuda::bias_gelu_fwd(x, bias, DType::F32, out, M, N, tanh_form, dtype, nullptr);
+  gptfast::cuda::bias_gelu_bwd(dy, x, bias, DType::F32, out, db, partial, programs, M, N, tanh_form,
+                               dtype, nullptr);
+}
+
+void run_glu(int64_t M, int64_t N, int activation, DType dtype) {
+  const Buffer dy(M * N, dtype), y(M * N, dtype);
+  const Buffer both(2 * M * N, dtype), grad(2 * M * N, dtype);
+  const auto up = [&](const Buffer& of) { return of.bytes.get() + N * bytes_of(dtype); };
+  gptfast::cuda::glu_fwd(both, up(both), y, 2 * N, 2 * N, M, N, activation, dtype, nullptr);
+  gptfast::cuda::glu_bwd(dy, both, up(both), grad, up(grad), 2 * N, 2 * N, 2 * N, M, N, activation,
+                         dtype, nullptr);
+}
+
 void run_layer_norm(int64_t M, int64_t N, int64_t shared_bytes, bool rms, DType dtype) {
   const int64_t programs = M < 3 ? M : 3;
   const Buffer x(M * N, dtype), dy(M * N, dtype), out(M * N, dtype), w(N, dtype);
   const Buffer b = floats(N), rstd = floats(M), dw = floats(N), db = floats(N);
   const Buffer mean = rms ? Buffer() : floats(M), partial = floats(programs * 2 * N);
-  gptfast::cuda::layer_norm_fwd(x, w, dtype, b, DType::F32, out, mean, rstd, M, N, 1e-5f,
-                                shared_bytes, dtype, nullptr);
-  gptfast::cuda::layer_norm_bwd(dy, x, w, dtype, mean, rstd, out, dw, db, partial, programs, M, N,
-                                shared_bytes, dtype, nullptr);
+  gptfast::cuda::layer_norm_fwd(x, nullptr, nullptr, dtype, w, dtype, b, DType::F32, nullptr, 0,
+                                out, nullptr, mean, rstd, M, N, 1e-5f, shared_bytes, dtype, dtype,
+                                nullptr);
+  gptfast::cuda::layer_norm_bwd(x, dy, nullptr, w, dtype, mean, rstd, nullptr, 0, out, nullptr, dw,
+                                db, nullptr, partial, nullptr, programs, M, N, shared_bytes, dtype,
+                                dtype, nullptr);
+}
+
+// Behind the residual sum, which is fp32, with a bias and dropout.
+void run_add_layer_norm(int64_t M, int64_t N, int64_t shared_bytes, DType dtype) {
+  const int64_t programs = M < 3 ? M : 3, seed = 7, threshold = 50000;
+  const Buffer x(M * N, dtype), dy(M * N, dtype), y(M * N, dtype), dx(M * N, dtype), w(N, dtype);
+  const Buffer residual = floats(M * N), r = floats(M * N), dr = floats(M * N), b = floats(N);
+  const Buffer dresidual = floats(M * N), mean = floats(M), rstd = floats(M), dw = floats(N);
+  const Buffer db = floats(N), db2 = floats(N), partial = floats(programs * 3 * N);
+  const Buffer c1_c2 = floats(2 * M);
+  gptfast::cuda::layer_norm_fwd(x, residual, b, DType::F32, w, dtype, b, DType::F32, &seed,
+                                threshold, y, r, mean, rstd, M, N, 1e-5f, shared_bytes, DType::F32,
+                                dtype, nullptr);
+  gptfast::cuda::layer_norm_bwd(r, dy, dr, w, dtype, mean, rstd, &seed, threshold, dresidual, dx,
+                                dw, db, db2, partial, c1_c2, programs, M, N, shared_bytes, dtype,
+                                DType::F32, nullptr);
 }
 
 void run_cross_entropy(int64_t M, int64_t V, float smoothing, bool weighted, DType dtype) {
@@ -68,6 +126,9 @@ int main() {
     cuda_on_cpu::seed = seed;
     for (const DType dtype : {DType::F32, DType::BF16}) {
       for (const int64_t n : {1, 37, 2051}) run_gelu(n, seed == 0, dtype);
+      for (const int64_t n : {5, 8, 6001}) run_adamw(n, seed == 0, n == 8 ? -1.0 : 1.0, dtype);
+      for (const int64_t N : {7, 300}) run_bias_gelu(70, N, seed == 0, dtype);
+      for (const int64_t N : {7, 4104}) run_glu(3, N, static_cast<int>(seed), dtype);
       run_layer_norm(5, 64, kPlenty, seed == 1, dtype);    // a warp a row
       run_layer_norm(5, 768, kPlenty, false, dtype);       // a pack a thread
       run_layer_norm(3, 37, kPlenty, false, dtype);        // not aligned
@@ -75,6 +136,10 @@ int main() {
       run_layer_norm(2, 4104, kPlenty, seed == 1, dtype);  // wide, all in shared memory
       run_layer_norm(2, 4104, 8 * 4104, false, dtype);     // only the sums
       run_layer_norm(2, 4104, 0, false, dtype);            // nothing
+      for (const int64_t N : {37, 64, 768}) run_add_layer_norm(5, N, kPlenty, dtype);
+      run_add_layer_norm(2, 4104, kPlenty, dtype);    // wide, all in shared memory
+      run_add_layer_norm(2, 4104, 12 * 4104, dtype);  // only the sums
+      run_add_layer_norm(2, 4104, 0, dtype);          // nothing
       run_cross_entropy(3, 37, 0.0f, false, dtype);
       run_cross_entropy(2, 4097, 0.1f, true, dtype);
     }

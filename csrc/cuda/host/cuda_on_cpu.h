@@ -222,6 +222,7 @@ struct Block {
 inline Block* block = nullptr;     // the one that runs
 inline Thread* current = nullptr;  // its thread that runs
 inline uint64_t seed = 0;          // of the order of threads and blocks
+inline int64_t launches = 0;       // so far
 
 inline void switch_context(Context& from, Context& to, [[maybe_unused]] const void* stack,
                            [[maybe_unused]] size_t stack_bytes) {
@@ -375,6 +376,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 siz
   Unwatched unwatched;
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
+  ++launches;
   const auto refuse = [&](const std::string& why) { throw std::runtime_error(name + why); };
   const int64_t threads = int64_t{size.x} * size.y * size.z;
   if (threads % kWarp || threads < 1 || threads > 1024 || size.z > 64)
@@ -483,3 +485,4 @@ T atomicAdd(T* address, T value) {
 
 inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
