@@ -3,6 +3,7 @@
     DIR/step_000500/model.safetensors   weights by the names of GPT-2's, the tied head once
                     tokenizer.json
                     training.pt         what only resuming needs: optimizer, generators, ...
+                    sharded/            of a run with fsdp, instead of the optimizer's part of it
                     config.json         format version, step, validation loss, sizes, checksums
 
 A folder is written under a hidden name beside its place, synchronised to the disk and renamed, and
@@ -47,6 +48,7 @@ __all__ = [
     "load_training",
     "read_fields",
     "save",
+    "verify_sharded",
 ]
 
 FORMAT = "gptfast checkpoint"
@@ -87,6 +89,8 @@ def save(
     *,
     val_loss: float | None = None,
     training: dict[str, Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    sharded: Path | None = None,
 ) -> Path:
     """Write `directory/step_<step>` and remove all older checkpoints but the best.
 
@@ -97,6 +101,8 @@ def save(
         tokenizer: its tokenizer.
         val_loss: decides which checkpoint is the best; None (or not finite) never is.
         training: what `load_training` is to return: containers, numbers, strings and tensors.
+        weights: what to save instead of the model's parameters, by their names.
+        sharded: a folder in `directory` that becomes the checkpoint's `sharded`.
 
     Returns:
         The new folder.
@@ -110,7 +116,9 @@ def save(
     if step < 0:
         raise ValueError(f"checkpoint: step must be at least 0, got {step}")
     directory = Path(directory)
-    for name, parameter in model.named_parameters():
+    # The tied head is one parameter with wte, so it is listed once.
+    weights = dict(model.named_parameters() if weights is None else weights)
+    for name, parameter in weights.items():
         if not parameter.isfinite().all():
             raise FloatingPointError(
                 f"{name} is not finite at step {step}, which is not saved; {last_good(directory)}"
@@ -124,25 +132,29 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         temporary.mkdir()
-        # The tied head is one parameter with wte, so it is listed once.
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         (temporary / "tokenizer.json").write_bytes(tokenizer_json(tokenizer))
-        save_file(weights, temporary / "model.safetensors")
+        save_file(
+            {name: p.detach().contiguous() for name, p in weights.items()},
+            temporary / "model.safetensors",
+        )
         # safetensors lets nobody but the owner read it; the umask has decided for the others.
         shutil.copymode(temporary / "tokenizer.json", temporary / "model.safetensors")
         if training is not None:
             with (temporary / "training.pt").open("wb") as file:
                 torch.save(training, file)
+        if sharded is not None:
+            sharded.rename(temporary / "sharded")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
         config = {
             "format": FORMAT,
             "version": VERSION,
             "step": step,
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             "model": dataclasses.asdict(model.config),
-            "sha256": {file.name: _sha256(file) for file in sorted(temporary.iterdir())},
+            "sha256": {str(file.relative_to(temporary)): _sha256(file) for file in files},
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             synchronise(path)
         temporary.rename(final)
         synchronise(directory)
@@ -215,6 +227,20 @@ def load_training(path: PathLike) -> dict[str, Any]:
     if not isinstance(training, dict):
         raise ValueError(f"{file}: expected a dict, got {type(training).__name__}")
     return training
+
+
+def verify_sharded(path: Path) -> Path | None:
+    """A checkpoint's folder `sharded`, its checksums compared; None where it has none.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    header = _read_header(path)
+    names = [name for name in header["sha256"] if name.startswith("sharded/")]
+    for name in names:
+        _verified(path, name, header)
+    return path / "sharded" if names else None
 
 
 def find(path: PathLike) -> Path:

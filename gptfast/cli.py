@@ -1,5 +1,5 @@
-"""The command line: `gptfast prepare`, `train`, `generate`, `evaluate`, `inspect`, `export`,
-`validate`, `plan` and `doctor`.
+"""The command line: `gptfast prepare`, `train`, `curve`, `generate`, `evaluate`, `inspect`,
+`export`, `validate`, `plan` and `doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
 """
@@ -32,6 +32,8 @@ from gptfast import checkpoint
 from gptfast._version import __version__
 from gptfast.backend import use_backend
 from gptfast.data import prepare, read_text
+from gptfast.data.preparation import SHARD_TOKENS
+from gptfast.distributed import ProcessLostError
 from gptfast.evaluate import evaluate, print_scores, read_hellaswag, read_lambada
 from gptfast.generate import generate_text, pick_device
 from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
@@ -39,6 +41,7 @@ from gptfast.models import GPT, GPTConfig
 from gptfast.models.gpt import PRESETS as MODEL_PRESETS
 from gptfast.nn import quantize
 from gptfast.plan import make_plan, parse_gpus, parse_tokens, print_plan
+from gptfast.trackers import draw_curves
 from gptfast.train import PRESETS, TrainConfig, read_settings, train
 
 DEFAULT_PRESET = "shakespeare-char-cpu"
@@ -62,20 +65,41 @@ USER_ERRORS = (
 
 @dataclass
 class Prepare:
-    """Turn a text into a folder of tokens for `gptfast train --data`."""
+    """Turn texts, JSON lines or Parquet files into a folder of tokens for `gptfast train --data`.
+
+    Run again, it goes on where it was stopped.
+    """
 
     out: str
-    """Folder to make; a dataset that is there is replaced."""
-    file: Annotated[str | None, arg(metavar="FILE")] = None
-    """Text: a path, or tinyshakespeare (fetched once). None is nine packaged plays."""
+    """Folder to make, or to go on with."""
+    file: Annotated[tuple[str, ...], arg(metavar="FILE ...")] = ()
+    """Texts, .jsonl, .parquet, folders of them, or a name: tinyshakespeare, tinystories,
+    fineweb-edu, openwebtext (fetched once). None is nine packaged plays."""
+    val_file: Annotated[tuple[str, ...], arg(metavar="FILE ...")] = ()
+    """Files to validate on, instead of the last part of each --file."""
     tokenizer: Literal["char", "gpt2"] = "char"
     """Tokens: the text's characters, or GPT-2's byte pairs."""
     val_fraction: float = 0.1
-    """Last part of the text that is kept for validation."""
+    """Last part of each file that is kept for validation."""
+    field: str = "text"
+    """Field of JSON lines, or column of Parquet files, with the text."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens in a shard: what is lost at most when it is stopped."""
+    workers: Annotated[int | None, arg(metavar="INT")] = None
+    """Processes that encode. None: one for each core, fewer for small files."""
 
     def run(self) -> int:
-        """Prepare the text and say what came of it."""
-        dataset = prepare(self.file, self.out, self.tokenizer, self.val_fraction)
+        """Prepare the files and say what came of it."""
+        dataset = prepare(
+            self.file,
+            self.out,
+            self.tokenizer,
+            self.val_fraction,
+            val_file=self.val_file,
+            field=self.field,
+            shard_tokens=self.shard_tokens,
+            workers=self.workers,
+        )
         print(
             f"{self.out}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
             f"validate, vocabulary of {dataset.vocab_size:,}"
@@ -376,6 +400,24 @@ class Plan:
 
 
 @dataclass
+class Curve:
+    """Draw the losses of runs over their steps as a picture."""
+
+    runs: Annotated[tuple[str, ...], arg(metavar="RUN ...")]
+    """Folders of runs."""
+    out: str = "curve.png"
+    """File to write; its suffix says the format."""
+
+    def run(self) -> int:
+        """Draw them."""
+        if not self.runs:
+            raise ValueError("curve: expected --runs and a folder, got none")
+        draw_curves([Path(run) for run in self.runs], Path(self.out))
+        print(self.out)
+        return 0
+
+
+@dataclass
 class Doctor:
     """Show what this machine and this installation can do."""
 
@@ -391,7 +433,9 @@ class Doctor:
         return doctor(json=self.json, selftest=self.selftest)
 
 
-Command = Prepare | Train | Generate | Evaluate | Inspect | Export | Validate | Plan | Doctor
+Command = (
+    Prepare | Train | Curve | Generate | Evaluate | Inspect | Export | Validate | Plan | Doctor
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -416,6 +460,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"gptfast: error: {message}", file=sys.stderr)
+        if isinstance(error, ProcessLostError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         return 2
 
 
@@ -431,6 +479,7 @@ def _parse(args: list[str]) -> Command:
     commands = (
         Annotated[Prepare, subcommand("prepare")]
         | Annotated[Train, subcommand("train", default=default)]
+        | Annotated[Curve, subcommand("curve")]
         | Annotated[Generate, subcommand("generate")]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Inspect, subcommand("inspect")]

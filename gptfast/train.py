@@ -4,7 +4,10 @@ One step, over A = gradient_accumulation batches of B = batch_size windows of T 
 
     g = sum_a (tokens_a / tokens) d loss_a / d w,  then g <- g min(1, grad_clip / |g|)
     w <- AdamW(w, g, lr),  with weight decay on matrices only
-    lr: linear warm-up, then half a cosine from learning_rate to min_lr
+    lr: linear warm-up, then the schedule: half a cosine from learning_rate to min_lr, say
+
+Of several processes (`gptfast.distributed`) each computes its share of the A batches; they do the
+same step as one process with the same settings.
 
 The run's folder holds `train.json` (the settings), `metrics.jsonl` (a JSON object per logged step)
 and checkpoints. Batches, dropout and initial weights depend on the seed alone, and estimates of the
@@ -17,32 +20,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from gptfast import checkpoint
-from gptfast.backend import dtype_name, use_backend
-from gptfast.data import Dataset, read_text, resolve_source
+from gptfast.backend import use_backend
+from gptfast.data import Loader, document_bounds
+from gptfast.distributed import ProcessLostError, Ranks, is_lost, processes, shard, whole
+from gptfast.evaluate import hellaswag, read_hellaswag
 from gptfast.generate import generate_text, pick_device
 from gptfast.memory import keep_freed_memory
-from gptfast.models import GPT, GPTConfig
-from gptfast.ops.adamw import OP as ADAMW
+from gptfast.models import GPT
 from gptfast.optim import AdamW
-from gptfast.tokenizer import Tokenizer
-from gptfast.train_config import PRESETS, TrainConfig, changed_settings, read_settings
-from gptfast.train_log import Reporter, RunFolder, perplexity
+from gptfast.stopping import stop_signals
+from gptfast.tokenizer import GPT2Tokenizer
+from gptfast.trackers import make_trackers
+from gptfast.train_config import PRESETS, TrainConfig, read_settings
+from gptfast.train_log import Reporter, RunFolder, conclude, introduce
+from gptfast.train_setup import (
+    check_settings,
+    load_same,
+    make_optimizers,
+    open_dataset,
+    pick_dtype,
+    recompute,
+)
+from gptfast.train_state import restore_state, save_state
+from gptfast.validation import validation_loss
 
 __all__ = [
     "PRESETS",
@@ -90,21 +100,42 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         FloatingPointError: the loss or the weights are not finite any more.
         OSError: the folder cannot be written.
         RuntimeError: no such device, or the forced backend cannot run the model.
+        ProcessLostError: another process of the run was lost, or did not answer in time.
     """
-    folder = RunFolder(Path(config.out), config)
+    with processes(config.rank_timeout) as ranks:
+        try:
+            return _train(config, ranks, quiet or not ranks.first)
+        except RuntimeError as error:
+            if ranks.world_size == 1 or not is_lost(error):
+                raise
+            raise ProcessLostError(
+                f"rank {ranks.rank} of {ranks.world_size}: another process was lost, or did not "
+                f"answer within rank_timeout {config.rank_timeout:g} s, so training stops; "
+                f"{checkpoint.last_good(config.out)} ({str(error).splitlines()[0]:.200})"
+            ) from error
+
+
+def _train(config: TrainConfig, ranks: Ranks, quiet: bool) -> TrainResult:
+    path = Path(config.out)
+    ranks.on_first(lambda: RunFolder.check(path, config))
+    folder = RunFolder(path, config, writes=ranks.first)
     device = pick_device(config.device)
+    if device.type == "cuda" and ranks.world_size > 1:
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     # "auto" here would override the environment's GPTFAST_BACKEND.
     backend = use_backend(config.backend) if config.backend != "auto" else contextlib.nullcontext()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), backend:
-        trainer = _Trainer(config, folder, device)
-        with Reporter(config, quiet) as report:
-            _introduce(trainer, report)
+        trainer = Trainer(config, folder, device, ranks)
+        with Reporter(config, quiet) as report, _tracked(config, folder, ranks):
+            introduce(trainer, report)
             interrupted = trainer.run(report)
             if interrupted is None:
                 trainer.finish(report)
-        _conclude(trainer, interrupted, report)
+        if ranks.first:
+            conclude(trainer, interrupted, report)
     return TrainResult(
         step=trainer.step,
         train_loss=trainer.row.get("train_loss"),
@@ -114,18 +145,38 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     )
 
 
-class _Trainer:
-    """Model, optimizer and data of one run, and its progress."""
+@contextlib.contextmanager
+def _tracked(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Send the rows of the folder to the trackers that are asked for."""
+    if ranks.first:
+        folder.trackers = make_trackers(
+            folder.path,
+            dataclasses.asdict(config),
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            plot=config.plot,
+        )
+    try:
+        yield
+    finally:
+        for tracker in folder.trackers:
+            tracker.close()
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, device: torch.device) -> None:
-        self.config, self.folder, self.device = config, folder, device
-        self.dataset = _open_dataset(config)
-        self.dtype, self.dtype_reason = _pick_dtype(config.dtype, device)
-        if config.master_weights and self.dtype != torch.bfloat16:
-            raise ValueError(
-                "master_weights: dtype must be bfloat16, "
-                f"got {dtype_name(self.dtype)} ({self.dtype_reason})"
-            )
+
+class Trainer:
+    """Model, optimizers and data of one run, and its progress."""
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.config, self.folder, self.device, self.ranks = config, folder, device, ranks
+        self.dataset = open_dataset(config)
+        self.dtype, self.dtype_reason = pick_dtype(config.dtype, device)
+        self.fsdp = config.strategy == "fsdp" and ranks.world_size > 1
+        check_settings(
+            config, self.dataset.tokenizer, self.dtype, self.dtype_reason, ranks.world_size
+        )
+        self.micro_batches = config.accumulation // ranks.world_size  # of this process in a step
         self.weights_dtype = self.dtype if config.master_weights else torch.float32
         self.generator = torch.Generator().manual_seed(config.seed)  # of the batches
         torch.manual_seed(config.seed)
@@ -133,33 +184,63 @@ class _Trainer:
         self.elapsed = 0.0  # seconds of training; evaluation and saving do not count
         self.row: dict[str, Any] = {}  # of metrics.jsonl, the last one
         self.val_loss: float | None = None  # over the whole split, at the end
+        self.hellaswag_items = (
+            [] if config.hellaswag is None
+            else read_hellaswag(config.hellaswag, config.hellaswag_items)
+        )  # fmt: skip
+        self.loader = self._make_loader() if config.sampling == "epochs" else None
 
         model_config = config.model_config(self.dataset.vocab_size)
         self.resumed_from = checkpoint.latest(folder.path) if config.resume else None
         if self.resumed_from is None:
             self.model = GPT(model_config).to(device, self.weights_dtype)
         else:
-            self.model = _load_same(self.resumed_from, model_config, self.dataset.tokenizer, device)
+            self.model = load_same(self.resumed_from, model_config, self.dataset.tokenizer, device)
             self.model.to(self.weights_dtype)
-        self.parameters = list(self.model.parameters())
         self.model.fused_loss = config.fused_loss
-        self.optimizer = _optimizer(self.parameters, config)
+        blocks = list(cast(torch.nn.ModuleList, self.model.transformer["h"]))
+        if config.recompute:
+            recompute(blocks)
+        if self.fsdp:
+            shard(self.model, blocks, self.dtype)
+        self.parameters = list(self.model.parameters())
+        self.average: list[torch.Tensor] = []
+        if config.ema:
+            self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizers = make_optimizers(self.model, self.parameters, config, self.fsdp)
         # Gradients in float16 underflow unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if ranks.world_size > 1:  # of dropout, which each process draws for itself
+            torch.manual_seed(config.seed + ranks.rank)
         if self.resumed_from is not None:
-            self._restore(self.resumed_from)
+            restore_state(self, self.resumed_from)
         self.model.train()
         self.forward: Callable[..., Any] = self.model
+        self.ddp: torch.nn.parallel.DistributedDataParallel | None = None
+        if ranks.world_size > 1 and not self.fsdp:
+            self.forward = self.ddp = torch.nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.forward)
+
+    def _make_loader(self) -> Loader:
+        config, ranks = self.config, self.ranks
+        return Loader(
+            self.dataset,
+            "train",
+            config.batch_size,
+            config.block_size,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def run(self, report: Reporter) -> signal.Signals | None:
         """Train to the last step, or to a signal to stop; returns that signal."""
-        config = self.config
-        tokens_per_step = config.gradient_accumulation * config.batch_size * config.block_size
-        self.folder.make()
+        config, ranks = self.config, self.ranks
+        ranks.on_first(self.folder.make)
         clock, logged = time.perf_counter(), self.step  # of the steps since the last row
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             while self.step < config.max_iters:
                 loss = self._update()
                 self.step += 1
@@ -167,33 +248,39 @@ class _Trainer:
                 if not self.folder.begun:  # not earlier: a run that cannot run leaves no files
                     self.folder.begin(self.step - 1)
 
-                stopping = bool(stop)  # looked at once: a signal may come at any moment
+                # Looked at once: a signal may come at any moment, and to one process alone.
+                stopping = ranks.largest(stop[0] if stop else 0)
                 last = self.step == config.max_iters
                 evaluate = last or self.step % config.eval_interval == 0
                 save = last or self.step % config.checkpoint_interval == 0
                 log = evaluate or save or self.step % config.log_interval == 0
                 if not (log or stopping):
                     continue
-                train_loss = loss.item()  # waits for the device
+                # Waits for the device.
+                train_loss = ranks.total(loss.item()) / ranks.world_size
                 self._check_loss("train", train_loss)
                 seconds = time.perf_counter() - clock
                 self.elapsed += seconds
                 self.row = {
                     "step": self.step,
                     "train_loss": train_loss,
-                    "val_loss": self._estimate() if evaluate else None,
-                    "tok_per_s": (self.step - logged) * tokens_per_step / seconds,
+                    "val_loss": None,
+                    "tok_per_s": (self.step - logged) * config.step_tokens / seconds,
                     "lr": config.lr(self.step - 1),
                     "elapsed": self.elapsed,
                 }
+                if evaluate:
+                    with self.averaged():
+                        self.row["val_loss"] = self._estimate()
+                        self.row.update(self._scores(report))
                 # The last row waits for the final evaluation; meanwhile the checkpoint has it.
                 if log and not last:
                     self.folder.log(self.row)
                     report.row(self.row)
                 if save or stopping:
-                    self._save()
+                    save_state(self)
                 if stopping and not last:
-                    return stop[0]
+                    return signal.Signals(stopping)
                 clock, logged = time.perf_counter(), self.step
         return None
 
@@ -201,54 +288,111 @@ class _Trainer:
         """Evaluate the whole validation split and write the last row."""
         val = self.dataset.val
         if len(val) > 1:
-            self.val_loss = self._whole_split()
+            with self.averaged():
+                self.val_loss = self._whole_split()
         self.row["val_loss"] = self.val_loss
         if not self.folder.begun:  # resumed after the last step
             self.folder.begin(self.step)
         if self.folder.last_step < self.step:
             self.folder.log(self.row)
         report.row(self.row)
+        if self.loader is not None:
+            self.loader.close()
 
     def _update(self) -> torch.Tensor:
-        """One step of the optimizer; returns the mean loss of its tokens, on the device."""
+        """One step of the optimizers; returns the mean loss of this process's tokens."""
         config = self.config
         lr = config.lr(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         total = torch.zeros((), device=self.device)
-        for _ in range(config.gradient_accumulation):
-            x, y = self._batch("train", self.generator)
-            with self._autocast():
-                _, loss = self.forward(x, y, loss_only=True)
-            # Its share of the step's tokens; all batches have as many.
-            loss = loss / config.gradient_accumulation
-            self.scaler.scale(loss).backward()
+        for n in range(self.micro_batches):
+            x, y = self._train_batch()
+            with self._synchronised(n == self.micro_batches - 1), self._autocast():
+                # Its share of the step's tokens; all batches have as many.
+                loss = self._loss(self.forward, x, y) / self.micro_batches
+            with self._synchronised(n == self.micro_batches - 1):
+                self.scaler.scale(loss).backward()
             total += loss.detach()
-        if config.grad_clip > 0 and not isinstance(self.optimizer, AdamW):  # which clips by itself
-            self.scaler.unscale_(self.optimizer)
+        clips = isinstance(self.optimizers[0], AdamW)  # by itself
+        if config.grad_clip > 0 and not clips:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            torch._foreach_lerp_(
+                self.average, [p.detach() for p in self.parameters], 1 - config.ema
+            )
         return total
 
-    def _batch(
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let the processes add up their gradients behind a step's last batch alone."""
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if self.ddp is None or last:
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
+
+    def _loss(self, model: Callable[..., Any], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        inputs = {}
+        if self.config.separate_documents:
+            first_token = cast(GPT2Tokenizer, self.dataset.tokenizer).end_of_text
+            inputs["documents"] = document_bounds(x, first_token).to(self.device)
+        if self.device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return model(x, y, loss_only=True, **inputs)[1]
+
+    def _train_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch of this process, on the CPU."""
+        if self.loader is not None:
+            return self.loader.next()
+        # All processes draw all batches, and each takes its own.
+        batches = [self._draw("train", self.generator) for _ in range(self.ranks.world_size)]
+        return batches[self.ranks.rank]
+
+    def _draw(
         self, split: Literal["train", "val"], generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self.dataset.batch(split, self.config.batch_size, self.config.block_size, generator)
-        if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return self.dataset.batch(split, self.config.batch_size, self.config.block_size, generator)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == self.weights_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the average of its weights, where one is kept."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def settle(self) -> None:
+        """Let go of weights that fsdp keeps together behind a forward without a backward."""
+        if self.fsdp:
+            self.model.reshard()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        self.settle()
+        for parameter, average in zip(self.parameters, self.average, strict=bool(self.average)):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
     @torch.no_grad()
     def _estimate(self) -> float | None:
         """Validation loss over `eval_iters` batches, or over the whole split where that is less."""
-        config = self.config
+        config, ranks = self.config, self.ranks
         tokens = config.eval_iters * config.batch_size * config.block_size
         if len(self.dataset.val) <= 1:
             return None
@@ -257,28 +401,89 @@ class _Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         total = torch.zeros((), device=self.device)
         self.model.eval()
-        for _ in range(config.eval_iters):
-            x, y = self._batch("val", generator)
-            with self._autocast():
-                total += self.forward(x, y, loss_only=True)[1]
+        # As many batches for each process, since fsdp needs all of them in each forward.
+        for n in range(math.ceil(config.eval_iters / ranks.world_size) * ranks.world_size):
+            x, y = self._draw("val", generator)
+            if n % ranks.world_size == ranks.rank:
+                with self._autocast():
+                    loss = self._evaluated(x, y)
+                if n < config.eval_iters:
+                    total += loss
         self.model.train()
-        loss = total.item() / config.eval_iters
-        self._check_loss("validation", loss)
-        return loss
+        loss_ = ranks.total(total.item()) / config.eval_iters
+        self._check_loss("validation", loss_)
+        return loss_
+
+    def _evaluated(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        # Not by way of DDP, which would have to be called by all.
+        return self._loss(self.model if self.ddp is not None else self.forward, x, y)
 
     def _whole_split(self) -> float:
         self.model.eval()
         with self._autocast():
             loss = validation_loss(
-                partial(self.forward, loss_only=True),
+                lambda x, y: (None, self._evaluated(x, y)),
                 self.dataset.val,
                 self.config.batch_size,
                 self.config.block_size,
                 self.device,
+                self.ranks,
             )
         self.model.train()
         self._check_loss("validation", loss)
         return loss
+
+    def _scores(self, report: Reporter) -> dict[str, float]:
+        """What is measured at an estimate besides the loss; and a sample, where one is due."""
+        config = self.config
+        sample = config.sample_interval and self.step % config.sample_interval == 0
+        if not (self.hellaswag_items or sample):
+            return {}
+        model = self._whole_model()
+        if model is None:
+            return {}
+        scores = {}
+        model.eval()
+        if self.hellaswag_items:
+            with self._autocast():
+                found = hellaswag(model, self.dataset.tokenizer, self.hellaswag_items)
+            scores["hellaswag"] = found["acc_norm"]
+        if sample:
+            report.print(f"\nsample after step {self.step}:\n{self.sample(model)}\n")
+        model.train()
+        return scores
+
+    def sample(self, model: GPT) -> str:
+        """A text by a model, always of the same random numbers."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return "".join(
+            generate_text(
+                model,
+                self.dataset.tokenizer,
+                "",
+                SAMPLE_TOKENS,
+                temperature=0.8,
+                generator=generator,
+            )
+        )
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The model's weights as they are, put together; all processes must call this."""
+        self.settle()
+        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+
+    def _whole_model(self) -> GPT | None:
+        """A model that is not split, on rank 0; all processes must call this."""
+        if not self.fsdp:
+            return self.model if self.ranks.first else None
+        weights = self.whole_weights()
+        if not self.ranks.first:
+            return None
+        model = GPT(self.model.config).to(self.device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        return model
 
     def _check_loss(self, kind: str, loss: float) -> None:
         if not math.isfinite(loss):
@@ -286,225 +491,3 @@ class _Trainer:
                 f"the {kind} loss is {loss} at step {self.step}, so training stops "
                 f"(a smaller learning_rate may help); {checkpoint.last_good(self.folder.path)}"
             )
-
-    def _save(self) -> None:
-        generators = {"data": self.generator.get_state(), "torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
-        self.folder.synchronise()
-        checkpoint.save(
-            self.folder.path,
-            self.step,
-            self.model,
-            self.dataset.tokenizer,
-            val_loss=self.row["val_loss"],
-            training={
-                "train_tokens": len(self.dataset.train),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "generators": generators,
-                "row": self.row,
-            },
-        )
-
-    def _restore(self, path: Path) -> None:
-        state = checkpoint.load_training(path)
-        file = path / "training.pt"
-        settings = [
-            {key: group[key] for key in ("betas", "weight_decay")}
-            for group in self.optimizer.param_groups
-        ]
-        try:
-            self.row = dict(state["row"])
-            self.step, self.elapsed = int(self.row["step"]), float(self.row["elapsed"])
-            train_tokens = state["train_tokens"]
-            self.optimizer.load_state_dict(state["optimizer"])
-            if state["scaler"]:  # empty unless it was float16
-                self.scaler.load_state_dict(state["scaler"])
-            self.generator.set_state(state["generators"]["data"])
-            torch.set_rng_state(state["generators"]["torch"])
-            if self.device.type == "cuda" and "cuda" in state["generators"]:
-                torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(
-                f"{file}: expected the training state of this model: {error!r:.300}"
-            ) from error
-        masters = any("master" in s for s in state["optimizer"]["state"].values())
-        if masters != (wanted := self.config.master_weights):
-            raise ValueError(
-                f"{file}: expected master_weights {wanted} by the settings, got {masters}"
-            )
-        # The optimizer does not look at shapes before its next step.
-        for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                given = getattr(moments.get(name), "shape", None)
-                if given != (shape := parameter.shape):
-                    raise ValueError(f"{file}: expected {name} of {tuple(shape)}, got {given}")
-        if train_tokens != len(self.dataset.train):
-            raise ValueError(
-                f"{file}: expected to go on with its {train_tokens} training tokens, "
-                f"got {len(self.dataset.train)}"
-            )
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)  # the settings may have changed
-
-
-@torch.no_grad()
-def validation_loss(
-    model: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-    tokens: npt.NDArray[np.unsignedinteger[Any]],
-    batch_size: int,
-    block_size: int,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Mean loss over all tokens but the first, each predicted once, in windows that do not overlap.
-
-    Args:
-        model: a `GPT` in evaluation mode, or anything that is called like one.
-        tokens: (N,) token ids, N >= 2.
-        batch_size: windows at a time.
-        block_size: tokens in a window; the last one may be shorter.
-        device: where the model is.
-
-    Raises:
-        ValueError: fewer than two tokens.
-    """
-    if len(tokens) < 2:
-        raise ValueError(f"validation: expected at least 2 tokens, got {len(tokens)}")
-    count = len(tokens) - 1  # targets
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    start = 0
-    while start < count:
-        rows = max(1, min(batch_size, (count - start) // block_size))
-        length = min(block_size, count - start)
-        window = np.asarray(tokens[start : start + rows * length + 1]).astype(np.int64)
-        both = torch.from_numpy(window).to(device)
-        x, y = both[:-1].view(rows, length), both[1:].view(rows, length)
-        loss = model(x, y)[1]
-        if loss is not None:
-            total += loss.double() * y.numel()
-        start += y.numel()
-    return total.item() / count
-
-
-def _open_dataset(config: TrainConfig) -> Dataset:
-    if config.data is not None:
-        return Dataset.open(config.data)
-    text = read_text(resolve_source(config.file))
-    return Dataset.in_memory(text, config.tokenizer, config.val_fraction)
-
-
-def _pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cpu":
-        return torch.float32, "auto: the safe choice on a CPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "auto: this GPU has it"
-    return torch.float16, "auto: this GPU has no bfloat16"
-
-
-def _optimizer(
-    parameters: list[torch.nn.Parameter], config: TrainConfig
-) -> AdamW | torch.optim.AdamW:
-    """AdamW: ours, which clips as well, where it has a kernel; else PyTorch's fused one."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    settings: Any = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    if config.master_weights or ADAMW.has_kernel(parameters[0]):
-        max_norm, masters = config.grad_clip or None, config.master_weights
-        return AdamW(groups, **settings, max_norm=max_norm, master_weights=masters)
-    return torch.optim.AdamW(groups, **settings, fused=True)
-
-
-def _load_same(path: Path, expected: GPTConfig, tokenizer: Tokenizer, device: torch.device) -> GPT:
-    """The model of a checkpoint, after comparing its sizes and tokenizer with those of the run."""
-    loaded = checkpoint.load(path, device)
-    config, tokens = path / "config.json", path / "tokenizer.json"
-    given = dataclasses.asdict(loaded.model.config)
-    for name, value in dataclasses.asdict(expected).items():
-        if given[name] != value:
-            raise ValueError(
-                f"{config}: expected {name} {value} by the settings, got {given[name]}"
-            )
-    if loaded.tokenizer.to_dict() != tokenizer.to_dict():
-        raise ValueError(f"{tokens}: expected the tokenizer of the data, got another")
-    return loaded.model
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
-    received: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _introduce(trainer: _Trainer, report: Reporter) -> None:
-    """Say what is trained, on what, with what."""
-    config, model, dataset = trainer.config, trainer.model, trainer.dataset
-    if trainer.resumed_from is not None:
-        report.print(f"resuming  {trainer.resumed_from}")
-        for change in changed_settings(config):
-            report.print(f"changed   {change}")
-    elif config.resume:
-        report.print(f"resuming  nothing: no checkpoint in {config.out}, so this run starts")
-    report.print(
-        f"model     {model.num_parameters():,} parameters: n_layer {config.n_layer}, "
-        f"n_head {config.n_head}, n_embd {config.n_embd}, block_size {config.block_size}, "
-        f"vocab_size {model.config.vocab_size}"
-    )
-    report.print(f"data      {len(dataset.train):,} tokens, and {len(dataset.val):,} to validate")
-    report.print(
-        f"device    {trainer.device}, {dtype_name(trainer.dtype)} ({trainer.dtype_reason}), "
-        f"backend {config.backend}, {torch.get_num_threads()} threads"
-    )
-    report.advance(trainer.step)
-
-
-def _conclude(trainer: _Trainer, interrupted: signal.Signals | None, report: Reporter) -> None:
-    """Say what came of it, where it is, and how to go on."""
-    path, out = trainer.folder.path, shlex.quote(trainer.config.out)
-    if interrupted is not None:
-        report.print(
-            f"stopped by {interrupted.name} after step {trainer.step}; "
-            f"to go on: gptfast train --out {out} --resume"
-        )
-        return
-    if trainer.val_loss is not None:
-        report.print(
-            f"\nvalidation loss over the whole split: {trainer.val_loss:.4f} "
-            f"(perplexity {perplexity(trainer.val_loss):.2f})"
-        )
-    if not report.quiet:
-        pieces = generate_text(
-            trainer.model,
-            trainer.dataset.tokenizer,
-            "",
-            SAMPLE_TOKENS,
-            temperature=0.8,
-            generator=torch.Generator().manual_seed(trainer.config.seed),
-        )
-        report.print(f"\nsample:\n{''.join(pieces)}\n")
-    last, best = checkpoint.latest(path), checkpoint.best(path)
-    report.print(f"checkpoint: {last}" + ("" if best == last else f", and the best: {best}"))
-    report.print(f"to generate: gptfast generate --checkpoint {out}")

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,10 +23,15 @@ from rich.progress import (
 )
 
 from gptfast import checkpoint
+from gptfast.backend import dtype_name
 from gptfast.tokenizer import stage
-from gptfast.train_config import TrainConfig
+from gptfast.trackers import Tracker
+from gptfast.train_config import TrainConfig, changed_settings
 
-__all__ = ["Reporter", "RunFolder", "perplexity"]
+if TYPE_CHECKING:
+    from gptfast.train import Trainer
+
+__all__ = ["Reporter", "RunFolder", "conclude", "introduce", "perplexity"]
 
 LINE_SECONDS = 10.0  # between lines where standard output is no terminal
 
@@ -31,10 +39,16 @@ LINE_SECONDS = 10.0  # between lines where standard output is no terminal
 class RunFolder:
     """The folder of a run: `train.json`, `metrics.jsonl` and the checkpoints."""
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    def __init__(self, path: Path, config: TrainConfig, writes: bool = True) -> None:
         self.path, self.config = path, config
+        self.writes = writes  # as one of several processes does
+        self.trackers: list[Tracker] = []
         self.begun = False
         self.last_step = 0  # of the rows in metrics.jsonl
+
+    @staticmethod
+    def check(path: Path, config: TrainConfig) -> None:
+        """Raise FileExistsError where a new run would mix with what is there."""
         if not config.resume and path.is_dir() and any(path.iterdir()):
             raise FileExistsError(
                 f"{path}: expected a new or empty folder, got one with files; add --resume to "
@@ -49,16 +63,21 @@ class RunFolder:
 
     def begin(self, step: int) -> None:
         """Write the settings, and drop the rows after `step`."""
+        self.begun = True
+        if not self.writes:
+            return
         settings = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
         _replace(self.path / "train.json", settings)
         metrics = self.path / "metrics.jsonl"
         rows = [row for row in _read_rows(metrics) if row["step"] <= step]
         self.last_step = rows[-1]["step"] if rows else 0
         _replace(metrics, "".join(json.dumps(row) + "\n" for row in rows))
-        self.begun = True
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row."""
+        self.last_step = row["step"]
+        if not self.writes:
+            return
         file = self.path / "metrics.jsonl"
         try:
             with file.open("a") as opened:
@@ -67,7 +86,8 @@ class RunFolder:
             raise OSError(
                 f"cannot write {file}: {error}; {checkpoint.last_good(self.path)}"
             ) from error
-        self.last_step = row["step"]
+        for tracker in self.trackers:
+            tracker.row(row)
 
     def synchronise(self) -> None:
         """Have the rows on the disk before a checkpoint that relies on them."""
@@ -140,8 +160,7 @@ class Reporter:
         due = self.bar.disable and time.perf_counter() - self.printed >= LINE_SECONDS
         if due or val_loss is not None:
             c = self.config
-            tokens_per_step = c.gradient_accumulation * c.batch_size * c.block_size
-            left = max(0, c.max_iters - row["step"]) * tokens_per_step / rate
+            left = max(0, c.max_iters - row["step"]) * c.step_tokens / rate
             val = "" if val_loss is None else f"  val {val_loss:.4f}"
             self.print(f"step {row['step']:>6}/{c.max_iters}  {numbers}{val}  {left:,.0f} s left")
 
@@ -149,3 +168,56 @@ class Reporter:
 def perplexity(loss: float) -> float:
     """exp(loss)."""
     return math.exp(min(loss, 700.0))  # a larger loss overflows
+
+
+def introduce(trainer: Trainer, report: Reporter) -> None:
+    """Say what is trained, on what, with what."""
+    config, model, dataset = trainer.config, trainer.model, trainer.dataset
+    if trainer.resumed_from is not None:
+        report.print(f"resuming  {trainer.resumed_from}")
+        for change in changed_settings(config):
+            report.print(f"changed   {change}")
+    elif config.resume:
+        report.print(f"resuming  nothing: no checkpoint in {config.out}, so this run starts")
+    report.print(
+        f"model     {model.num_parameters():,} parameters: n_layer {config.n_layer}, "
+        f"n_head {config.n_head}, n_embd {config.n_embd}, block_size {config.block_size}, "
+        f"vocab_size {model.config.vocab_size}"
+    )
+    report.print(f"data      {len(dataset.train):,} tokens, and {len(dataset.val):,} to validate")
+    report.print(
+        f"device    {trainer.device}, {dtype_name(trainer.dtype)} ({trainer.dtype_reason}), "
+        f"backend {config.backend}, {torch.get_num_threads()} threads"
+    )
+    if trainer.ranks.world_size > 1:
+        report.print(
+            f"processes {trainer.ranks.world_size}, {config.strategy}: {trainer.micro_batches} of "
+            f"a step's {config.accumulation} batches each"
+        )
+    report.advance(trainer.step)
+
+
+def conclude(trainer: Trainer, interrupted: signal.Signals | None, report: Reporter) -> None:
+    """Say what came of it, where it is, and how to go on."""
+    path, out = trainer.folder.path, shlex.quote(trainer.config.out)
+    if interrupted is not None:
+        report.print(
+            f"stopped by {interrupted.name} after step {trainer.step}; "
+            f"to go on: gptfast train --out {out} --resume"
+        )
+        return
+    if trainer.val_loss is not None:
+        report.print(
+            f"\nvalidation loss over the whole split: {trainer.val_loss:.4f} "
+            f"(perplexity {perplexity(trainer.val_loss):.2f})"
+        )
+    if not report.quiet:
+        # As it was saved: whole, and with averaged weights where they are kept.
+        saved = checkpoint.latest(path)
+        model = trainer.model
+        if saved is not None and (trainer.fsdp or trainer.average):
+            model = checkpoint.load(saved, trainer.device).model
+        report.print(f"\nsample:\n{trainer.sample(model)}\n")
+    last, best = checkpoint.latest(path), checkpoint.best(path)
+    report.print(f"checkpoint: {last}" + ("" if best == last else f", and the best: {best}"))
+    report.print(f"to generate: gptfast generate --checkpoint {out}")

@@ -98,7 +98,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
 
 
 def test_every_option_has_help(capsys):
-    for command, number in (("prepare", 4), ("train", 35), ("generate", 11), ("doctor", 2)):
+    for command, number in (("prepare", 8), ("train", 35), ("generate", 11), ("doctor", 2)):
         found = option_help(capsys, command, "--help")
         assert len(found) >= number
         assert found.pop("-h")
@@ -275,7 +275,7 @@ def test_generate_without_a_checkpoint(tmp_path, capsys):
     [
         (
             [],
-            "Expected one of {prepare, train, generate, evaluate, inspect, export",
+            "Expected one of {prepare, train, curve, generate, evaluate, inspect, export",
         ),
         (["tarin"], "Unrecognized options: tarin"),
         (["train", "--n-layers=3"], "Unrecognized options: --n-layers"),

@@ -7,6 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptfast import data
 from gptfast.data import (
     Dataset,
     fetch_tiny_shakespeare,
@@ -23,6 +23,8 @@ from gptfast.data import (
     read_text,
     resolve_source,
 )
+from gptfast.data import dataset as dataset_module
+from gptfast.data import text as text_module
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
 POEM = (
@@ -88,10 +90,10 @@ def test_read_text_of_what_is_no_file(tmp_path):
 def test_resolve_source(tmp_path, monkeypatch):
     assert resolve_source(None) is None
     assert resolve_source("shakespeare") is None
-    assert resolve_source("./shakespeare") == data.Path("shakespeare")
+    assert resolve_source("./shakespeare") == Path("shakespeare")
     assert resolve_source(tmp_path / "x") == tmp_path / "x"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "fetch_tiny_shakespeare", lambda dest: dest)
+    monkeypatch.setattr(text_module, "fetch_tiny_shakespeare", lambda dest: dest)
     assert resolve_source("tinyshakespeare") == tmp_path / "gptfast" / "tinyshakespeare.txt"
 
 
@@ -121,7 +123,7 @@ def test_fetch_checks_the_sha256(tmp_path, monkeypatch):
         fetch_tiny_shakespeare(dest)
     assert os.listdir(tmp_path) == []
 
-    monkeypatch.setattr(data, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"tiny").hexdigest())
+    monkeypatch.setattr(text_module, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"tiny").hexdigest())
     assert fetch_tiny_shakespeare(dest).read_bytes() == b"tiny"
     served.clear()  # a second call does not ask the network
     assert fetch_tiny_shakespeare(dest) == dest
@@ -140,22 +142,22 @@ def test_prepare_writes_what_open_reads(tmp_path):
     (tmp_path / "poem.txt").write_text(POEM)
     dataset = prepare(tmp_path / "poem.txt", tmp_path / "out" / "poem")
     folder = tmp_path / "out" / "poem"
-    assert sorted(os.listdir(folder)) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(os.listdir(folder)) == [
+        *("manifest.json", "tokenizer.json", "train_00001.npy", "val_00001.npy")
+    ]
     cut = int(len(POEM) * 0.9)  # by position, as nanoGPT does
     assert dataset.tokenizer.decode(dataset.train) == POEM[:cut]
     assert dataset.tokenizer.decode(dataset.val) == POEM[cut:]
     assert isinstance(dataset.train, np.memmap)
     assert dataset.train.dtype == np.uint16
-    raw = np.fromfile(folder / "train.bin", "<u2")
+    raw = np.load(folder / "train_00001.npy")
     assert raw.tolist() == CharTokenizer.from_text(POEM).encode(POEM[:cut])
-    assert json.loads((folder / "meta.json").read_text()) == {
-        "dtype": "uint16",
-        "train_tokens": cut,
-        "val_tokens": len(POEM) - cut,
-        "vocab_size": len(set(POEM)),
-        "val_fraction": 0.1,
-        "source": "poem.txt",
-        "text_sha256": hashlib.sha256(POEM.encode()).hexdigest(),
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint16", len(set(POEM)))
+    assert manifest["source"]["files"] == [[str(tmp_path / "poem.txt"), len(POEM)]]
+    assert manifest["shards"] == {
+        "train": [{"name": "train_00001.npy", "tokens": cut}],
+        "val": [{"name": "val_00001.npy", "tokens": len(POEM) - cut}],
     }
 
 
@@ -167,7 +169,8 @@ def test_default_split_has_the_sizes_of_nanogpt():
 
 def test_prepare_packaged_text_with_gpt2(tmp_path):
     dataset = prepare("shakespeare", tmp_path, tokenizer="gpt2", val_fraction=0.02)
-    assert json.loads((tmp_path / "meta.json").read_text())["source"] == "shakespeare"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["source"] == {"text": "shakespeare"}
     assert dataset.vocab_size == 50257
     assert dataset.train.dtype == np.uint16
     text = read_text()
@@ -219,10 +222,12 @@ WHITE = "a    b  \n\n c\n\n\n\n d \t  e.   1  'll\u3000\u3000 f \x1c  \n   \U000
 def test_long_texts_are_encoded_in_pieces_without_a_trace(text, size):
     tokenizer = GPT2Tokenizer()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "PIECE_CHARS", size)
-        patch.setattr(data, "PROGRESS_CHARS", 0)
-        assert "".join(data._pieces(text)) == text
-        assert data._encode(text + "x", tokenizer).tolist() == tokenizer.encode(text + "x")
+        patch.setattr(dataset_module, "PIECE_CHARS", size)
+        patch.setattr(dataset_module, "PROGRESS_CHARS", 0)
+        assert "".join(dataset_module._pieces(text)) == text
+        assert dataset_module._encode(text + "x", tokenizer).tolist() == tokenizer.encode(
+            text + "x"
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -248,38 +253,57 @@ def folder(tmp_path):
     return tmp_path / "poem"
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-@pytest.mark.parametrize("change", [-1, -2, 2])
+SHARDS = ["train_00001.npy", "val_00001.npy"]
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize("change", [-(10**9), -200, -1, 2])
 def test_shard_of_another_size(folder, name, change):
     size = (folder / name).stat().st_size
-    os.truncate(folder / name, size + change)
-    with pytest.raises(ValueError, match=rf"{name}: expected {size} bytes .*, got {size + change}"):
+    os.truncate(folder / name, max(0, size + change))
+    with pytest.raises(ValueError, match=rf"{name}: expected \d+ tokens of uint16 .*, got"):
         Dataset.open(folder)
 
 
-def test_token_outside_the_vocabulary(folder, monkeypatch):
-    monkeypatch.setattr(data, "CHECK_TOKENS", 7)  # several chunks
-    tokens = np.fromfile(folder / "train.bin", "<u2")
-    tokens[-1] = 999
-    tokens.tofile(folder / "train.bin")
-    with pytest.raises(
-        ValueError, match=rf"train.bin: expected .* in \[0, {len(set(POEM))}\), got 999"
-    ):
+@pytest.mark.parametrize(
+    "other",
+    [np.zeros(3, np.uint16), np.zeros(len(POEM), np.uint32), np.array([{}]), b"text", None],
+    ids=["shape", "dtype", "pickle", "text", "archive"],
+)
+def test_shard_that_is_something_else(folder, other):
+    shard = folder / "train_00001.npy"
+    if isinstance(other, bytes):
+        shard.write_bytes(other)
+    elif other is None:
+        with shard.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    else:
+        np.save(shard, other, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"train_00001.npy: expected \d+ tokens of uint16 .*, got"):
         Dataset.open(folder)
+
+
+def test_token_outside_the_vocabulary(folder):
+    tokens = np.load(folder / "train_00001.npy")
+    tokens[:] = 999
+    np.save(folder / "train_00001.npy", tokens)
+    expected = rf"train_00001.npy: expected .* in \[0, {len(set(POEM))}\), got 999"
+    with pytest.raises(ValueError, match=expected):
+        Dataset.open(folder).batch("train", 1, 4, seeded(0))
 
 
 def test_half_prepared_folder(folder):
-    (folder / "meta.json").unlink()
+    edit_manifest(folder, {"complete": False})
     with pytest.raises(ValueError, match="preparation was cut short"):
         Dataset.open(folder)
     prepare_text("abc", folder)
     assert len(Dataset.open(folder).train) == 2
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", SHARDS)
 def test_missing_shard(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"{name}: expected a file"):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got no such file"):
         Dataset.open(folder)
 
 
@@ -295,35 +319,50 @@ def test_missing_folder_and_missing_tokenizer(folder, tmp_path):
 def test_tokenizer_of_another_dataset(folder):
     CharTokenizer.from_text("abc").save(folder / "tokenizer.json")
     with pytest.raises(
-        ValueError, match=f"expected {len(set(POEM))} tokens as in meta.json, got 3"
+        ValueError, match=rf"expected {len(set(POEM))} tokens as in manifest\.json, got 3"
     ):
         Dataset.open(folder)
+
+
+def edit_manifest(folder, change):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"format": "x"}, "expected format 'gptfast tokens'"),
+        ({"version": 2}, "expected version 1, got 2"),
         ({"dtype": "float64"}, "expected dtype among"),
         ({"dtype": 3}, "expected dtype to be str, got 3"),
-        ({"train_tokens": -1}, "expected train_tokens >= 0, got -1"),
-        ({"train_tokens": True}, "expected train_tokens to be int, got True"),
-        ({"train_tokens": 10**30}, "train.bin: expected .* bytes"),
-        ({"val_tokens": None}, "expected val_tokens to be int, got None"),
+        ({"complete": 1}, "expected complete to be bool, got 1"),
+        ({"unit": True}, "expected unit to be int, got True"),
+        ({"shards": []}, r"expected shards to be dict, got \[\]"),
+        ({"shards": {}}, "expected shards of train with name and tokens, got None"),
+        ({"shards": {"train": [3], "val": []}}, "expected shards of train .*, got 3"),
+        (
+            {"shards": {"train": [{"name": "../../x", "tokens": 3}], "val": []}},
+            "expected shards of train",
+        ),
+        (
+            {"shards": {"train": [{"name": "train_00001.npy", "tokens": 10**30}], "val": []}},
+            "train_00001.npy: expected 10{30} tokens",
+        ),
         ({"vocab_size": "x" * 10_000}, "expected vocab_size to be int"),
     ],
 )
-def test_hostile_meta(folder, change, message):
-    path = folder / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_hostile_manifest(folder, change, message):
+    edit_manifest(folder, change)
     with pytest.raises(ValueError, match=message) as caught:
         Dataset.open(folder)
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xff", b"[]", b"3", b"{}"])
-def test_corrupt_meta(folder, content):
-    (folder / "meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"meta.json: expected"):
+def test_corrupt_manifest(folder, content):
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest.json: expected"):
         Dataset.open(folder)
 
 
@@ -338,36 +377,33 @@ def test_unwritable_folder_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("writes", range(4))
-def test_full_disk_leaves_the_old_dataset(folder, monkeypatch, writes):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+@pytest.mark.parametrize("writes", range(5))
+def test_full_disk_leaves_what_can_be_gone_on_with(tmp_path, monkeypatch, writes):
+    (tmp_path / "poem.txt").write_text(POEM)
     left = iter(range(writes))
 
     def fsync(fd):
         if next(left, None) is None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(tmp_path / "poem.txt", tmp_path / "out", shard_tokens=500)
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+    with pytest.raises((ValueError, FileNotFoundError), match=r"cut short|got no manifest"):
+        Dataset.open(tmp_path / "out")
+    dataset = prepare(tmp_path / "poem.txt", tmp_path / "out", shard_tokens=500)
+    assert dataset.tokenizer.decode(dataset.train) + dataset.tokenizer.decode(dataset.val) == POEM
+
+
+def test_a_folder_with_another_dataset_is_left_alone(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="expected a new or empty folder, got a dataset"):
         prepare_text("other", folder)
+    with pytest.raises(FileExistsError, match="got a dataset with files None, not"):
+        prepare(folder / "train_00001.npy", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("renames", range(4))
-def test_a_stop_between_renames_is_seen(folder, monkeypatch, renames):
-    replace, left = os.replace, iter(range(renames))
-
-    def stop(source, target):
-        if next(left, None) is None:
-            raise OSError(5, "Input/output error")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(OSError, match="Input/output"):
-        prepare_text("other", folder)
-    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
-    with pytest.raises(ValueError, match="preparation was cut short"):
-        Dataset.open(folder)
 
 
 # --- batches
@@ -418,5 +454,5 @@ def test_batch_refuses():
     with pytest.raises(ValueError, match="'train' or 'val', got 'test'"):
         dataset.batch("test", 1, 1, seeded(0))
     for sizes in ((0, 1), (1, 0), (-1, 1)):
-        with pytest.raises(ValueError, match="batch_size >= 1 and block_size >= 1"):
+        with pytest.raises(ValueError, match=r"expected b.*_size >= 1, got"):
             dataset.batch("train", *sizes, seeded(0))

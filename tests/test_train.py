@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-import gptfast.train
+import gptfast.train_setup
 from gptfast import backend, checkpoint, train_log
 from gptfast.data import Dataset, prepare_text
 from gptfast.models import GPT, GPTConfig
@@ -28,12 +28,12 @@ from gptfast.optim import AdamW
 from gptfast.train import (
     PRESETS,
     TrainConfig,
-    _optimizer,
-    _Trainer,
+    Trainer,
     read_settings,
     train,
     validation_loss,
 )
+from gptfast.train_setup import _optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,7 +140,9 @@ def our_adamw(monkeypatch, request):
     monkeypatch.setattr(backend.Op, "has_kernel", lambda op, x: request.param)
     kinds = []
     monkeypatch.setattr(
-        gptfast.train, "_optimizer", lambda *args: kinds.append(_optimizer(*args)) or kinds[-1]
+        gptfast.train_setup,
+        "_optimizer",
+        lambda *args: kinds.append(_optimizer(*args)) or kinds[-1],
     )
     yield request.param
     assert {isinstance(kind, AdamW) for kind in kinds} == {request.param}
@@ -631,7 +633,7 @@ def test_a_loss_that_is_no_number(config, log_interval):
 
 def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
     config = change(config, checkpoint_interval=1, max_iters=3)
-    update = _Trainer._update
+    update = Trainer._update
 
     def poison(trainer):
         loss = update(trainer)
@@ -639,7 +641,7 @@ def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
             trainer.parameters[0].detach().fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(_Trainer, "_update", poison)
+    monkeypatch.setattr(Trainer, "_update", poison)
     with pytest.raises(FloatingPointError, match=r"is not finite at step 2.*000001"):
         train(config, quiet=True)
 
@@ -668,7 +670,7 @@ def test_weights_that_are_no_numbers_are_not_saved(config, monkeypatch):
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1\.0"),
         ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0\.1"),
         ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
-        ({"dtype": "bf16"}, "dtype must be one of auto, float32, bfloat16, float16, got 'bf16'"),
+        ({"dtype": "bf16"}, "dtype must be one of auto, fastest, float32, bfloat16, float16, got"),
         ({"backend": "numpy"}, "backend must be one of auto, torch, cpu, .*, got 'numpy'"),
         ({"tokenizer": "bpe"}, "tokenizer must be one of char, gpt2, got 'bpe'"),
         ({"n_head": 3}, "n_head must divide n_embd 128, got 3"),
