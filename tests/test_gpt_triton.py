@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -52,10 +53,23 @@ def train_step(model, x, y, backend):
     return results
 
 
-@pytest.mark.parametrize(("bias", "fused_loss"), [(True, True), (False, False)])
-def test_a_training_step_is_the_torch_backends(place, dtype, bias, fused_loss):
+SIZES = GPTConfig(block_size=20, vocab_size=37, n_layer=2, n_head=2, n_embd=32)
+CONFIGS = {
+    "gpt2": (SIZES, True),
+    "no biases": (dataclasses.replace(SIZES, bias=False), False),
+    "modern": (
+        dataclasses.replace(
+            SIZES, positions="rotary", norm="rms", mlp="swiglu", n_inner=48, n_kv_head=1,
+            qk_norm=True, window=7, logit_softcap=3.0, tied=False, bias=False,
+        ),
+        True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "fused_loss"), CONFIGS.values(), ids=CONFIGS)
+def test_a_training_step_is_the_torch_backends(place, dtype, config, fused_loss):
     torch.manual_seed(0)
-    config = GPTConfig(block_size=20, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=bias)
     model = GPT(config, fused_loss).to(place.device, dtype)
     x, y = torch.randint(37, (2, 2, 18), device=place.device)
     y[0, :3] = -100

@@ -117,6 +117,44 @@ def test_the_harness_is_asked_for_by_name(model):
     assert isinstance(harness_model(model, TOKENIZER), LM)
 
 
+def test_answers_are_those_of_the_harness_own_model(model, theirs, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    folder = save_gpt2(model, tmp_path / "model", TOKENIZER)
+    reference = HFLM(
+        pretrained=theirs,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        batch_size=2,
+        max_length=T,
+        device="cpu",
+    )
+    ours = harness_model(model, TOKENIZER)
+    long = "increase and die and increase and die " * 12
+    settings = {"until": [" the", "\n\n"], "max_gen_toks": 16, "do_sample": False}
+    asked = {
+        "loglikelihood": [
+            ("From fairest creatures", " we desire"),
+            ("From fairest creatures ", "we desire"),
+            ("", "From"),
+            (long, " we"),
+            ("x", "\n\ny"),
+        ],
+        "loglikelihood_rolling": [("Thy gift, thy tables " * n,) for n in (1, 5, 20)],
+        "generate_until": [(text, dict(settings)) for text in ("From fairest creatures", long)],
+    }
+    for name, arguments in asked.items():
+        requests = [Instance(name, {}, args, n) for n, args in enumerate(arguments)]
+        got, expected = getattr(ours, name)(requests), getattr(reference, name)(requests)
+        if name == "generate_until":
+            assert got == expected
+            continue
+        for mine, his in zip(got, expected, strict=True):
+            assert mine == pytest.approx(his, rel=1e-5)
+
+
 # ---- Real items ----------------------------------------------------------------------------------
 
 

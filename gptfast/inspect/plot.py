@@ -11,7 +11,7 @@ import torch
 
 from gptfast.inspect.lens import Lens
 
-COLOURS = "magma"
+COLOURS = "magma_r"  # nothing is white, on paper too
 MAX_LABELS = 64  # tokens beside a map; more of them cannot be read
 MAX_LENS_TOKENS = 24  # columns of the lens; more make a picture too wide for a page
 
@@ -33,7 +33,7 @@ def plot_maps(
     figure_class, norms = _matplotlib()
     L, H = maps.shape[:2]
     panels = maps.numpy()
-    figure = figure_class(figsize=(1 + H, 1 + L), layout="constrained")
+    figure = figure_class(figsize=(1 + 1.1 * H, 0.5 + 1.1 * L), layout="compressed")
     axes = figure.subplots(L, H, squeeze=False)
     norm = norms.PowerNorm(gamma, 0, 1)
     for layer in range(L):
@@ -47,8 +47,9 @@ def plot_maps(
                 axis.set_title(f"head {head}", fontsize=8)
             if head == 0:
                 axis.set_ylabel(f"layer {layer}", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01)
-    bar.set_label("attention of a token (row) to a token (column)", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("of a row's token to a column's", fontsize=7)
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
 
@@ -68,7 +69,7 @@ def plot_head(
     """
     figure_class, norms = _matplotlib()
     size = 2.5 + 0.2 * min(len(tokens), MAX_LABELS)
-    figure = figure_class(figsize=(size + 0.7, size), layout="constrained")
+    figure = figure_class(figsize=(size + 0.7, size), layout="compressed")
     axis = figure.subplots()
     image = axis.imshow(
         p.numpy(), cmap=COLOURS, norm=norms.PowerNorm(0.5, 0, 1), interpolation="nearest"
