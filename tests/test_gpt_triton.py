@@ -59,7 +59,7 @@ CONFIGS = {
     "no biases": (dataclasses.replace(SIZES, bias=False), False),
     "modern": (
         dataclasses.replace(
-            SIZES, positions="rotary", norm="rms", mlp="swiglu", n_inner=48, n_kv_head=1,
+            SIZES, n_layer=1, positions="rotary", norm="rms", mlp="swiglu", n_inner=48, n_kv_head=1,
             qk_norm=True, window=7, logit_softcap=3.0, tied=False, bias=False,
         ),
         True,

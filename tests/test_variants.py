@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import plain_gpt
 import pytest
@@ -15,6 +16,7 @@ from gptfast import checkpoint, decoder
 from gptfast.generate import generate
 from gptfast.integrations.huggingface import save_gpt2
 from gptfast.models import GPT, Bigram, BigramConfig, EncoderDecoder, GPTConfig
+from gptfast.models.config import GPT2_SIZES
 from gptfast.nn import quantize
 from gptfast.testing import assert_close_in_norm
 from gptfast.tokenizer import CharTokenizer
@@ -355,6 +357,17 @@ def test_checkpoints_hold_the_options(tmp_path):
         assert again.config == model.config
         x = tokens(SMALL, 2, 24)
         assert torch.equal(model(x)[0], again(x)[0])
+
+
+def test_checkpoints_from_before_there_were_options(tmp_path):
+    tokenizer = CharTokenizer("".join(map(chr, range(65, 65 + 67))))
+    model = new_model(SMALL).eval()
+    path = checkpoint.save(tmp_path, 1, model, tokenizer)
+    header = json.loads((path / "config.json").read_text())
+    header["model"] = {name: header["model"][name] for name in GPT2_SIZES}
+    (path / "config.json").write_text(json.dumps(header))
+    x = tokens(SMALL, 2, 24)
+    assert torch.equal(model(x)[0], checkpoint.load(path).model(x)[0])
 
 
 @pytest.mark.parametrize("name", ["no positions", "window", "nanochat"])
