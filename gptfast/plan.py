@@ -202,15 +202,16 @@ def activation_bytes(config: GPTConfig, batch_size: int, recompute: bool = False
 
     A block of GPT-2 keeps, in units of C values a token: the inputs of two norms (2) and their
     outputs (2), q, k, v (3), attention's output (1), the MLP's 4 C before and after GELU (8); with
-    dropout nothing more, since masks are drawn again. Rotary positions and norms of queries and
-    keys keep those once more, and gated or squared activations a third tensor inside the MLP. The
+    dropout nothing more, since masks are drawn again. Where queries and keys are turned or
+    normalised, they are kept once more; ReLU keeps its result alone, SwiGLU three tensors. The
     logits are kept in bf16, and their gradient.
     """
     tokens = batch_size * config.block_size
     C, D = config.n_embd, config.head_dim
-    turned = (config.positions == "rotary") + config.qk_norm
-    heads = (C + 2 * config.kv_heads * D) + turned * (C + config.kv_heads * D)
-    inside = config.inner * (2 if config.mlp in ("gelu", "relu") else 3)
+    heads = C + 2 * config.kv_heads * D
+    if config.positions == "rotary" or config.qk_norm:
+        heads += C + config.kv_heads * D
+    inside = config.inner * {"gelu": 2, "relu": 1, "relu2": 2, "swiglu": 3}[config.mlp]
     block = (5 * C + heads + inside) * 2
     head = 2 * config.vocab_size * 2
     if recompute:  # inputs of all blocks, and one block at work

@@ -51,10 +51,18 @@ def saved_bytes(model, *inputs):
     return sum(s.nbytes() for address, s in kept.items() if address not in parameters)
 
 
-def test_activations_equal_what_autograd_keeps():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"positions": "rotary", "qk_norm": True, "n_kv_head": 2},
+        *({"mlp": kind, "norm": "rms"} for kind in ("relu", "relu2", "swiglu")),
+    ],
+)
+def test_activations_equal_what_autograd_keeps(options):
     layers = {}
     for n_layer in (1, 3):
-        config = GPTConfig(64, 101, n_layer, 4, 128)
+        config = GPTConfig(64, 101, n_layer, 4, 128, **options)
         model = GPT(config).bfloat16()
         idx = torch.zeros(2, 64, dtype=torch.int64)
         layers[n_layer] = saved_bytes(model, idx, idx), activation_bytes(config, 2)

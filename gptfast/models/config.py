@@ -133,23 +133,21 @@ GPT2_OPTIONS: dict[str, Any] = {
     for field in dataclasses.fields(GPTConfig)
     if field.name not in GPT2_SIZES
 }
-LLAMA: dict[str, Any] = {
-    "bias": False,
-    "positions": "rotary",
-    "norm": "rms",
-    "mlp": "swiglu",
-}
-NANOCHAT: dict[str, Any] = {
-    "bias": False,
-    "positions": "rotary",
-    "norm": "rms",
-    "norm_eps": 2.0**-23,  # float32's, which F.rms_norm takes where none is given
-    "norm_affine": False,
-    "embedding_norm": True,
-    "mlp": "relu2",
-    "qk_norm": True,
-    "logit_softcap": 15.0,
-    "tied": False,
+# Options that go together; beside GPT-2, none of these models has biases.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"positions": "rotary", "norm": "rms", "mlp": "swiglu"},
+    "nanochat": {
+        "positions": "rotary",
+        "norm": "rms",
+        "norm_eps": 2.0**-23,  # float32's, which F.rms_norm takes where none is given
+        "norm_affine": False,
+        "embedding_norm": True,
+        "mlp": "relu2",
+        "qk_norm": True,
+        "logit_softcap": 15.0,
+        "tied": False,
+    },
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124,439,808 parameters
@@ -168,7 +166,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # SmolLM-135M: Llama's architecture with the head tied; 134,515,008.
     "llama-135m": {
-        **LLAMA,
+        **ARCHITECTURES["llama"],
+        "bias": False,
         "block_size": 2048,
         "vocab_size": 49152,
         "n_layer": 30,
@@ -179,7 +178,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # TinyLlama-1.1B; 1,100,048,384.
     "llama-1.1b": {
-        **LLAMA,
+        **ARCHITECTURES["llama"],
+        "bias": False,
         "block_size": 2048,
         "vocab_size": 32000,
         "n_layer": 22,
@@ -191,7 +191,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # nanochat at depth 20, as first published; 560,988,160.
     "nanochat-d20": {
-        **NANOCHAT,
+        **ARCHITECTURES["nanochat"],
+        "bias": False,
         "block_size": 2048,
         "vocab_size": 65536,
         "n_layer": 20,
