@@ -11,7 +11,7 @@ import torch
 
 from gptfast.inspect.lens import Lens
 
-COLOURS = "magma_r"  # nothing is white, on paper too
+COLOURS = "gist_heat_r"  # nothing is white, all of it black
 MAX_LABELS = 64  # tokens beside a map; more of them cannot be read
 MAX_LENS_TOKENS = 24  # columns of the lens; more make a picture too wide for a page
 
