@@ -14,11 +14,9 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from gptfast import checkpoint
 from gptfast.models import GPTConfig
-from gptfast.models.config import LLAMA, NANOCHAT
+from gptfast.models.config import ARCHITECTURES
 
 __all__ = ["PRESETS", "TrainConfig", "changed_settings", "read_settings"]
-
-ARCHITECTURES: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": LLAMA, "nanochat": NANOCHAT}
 
 
 @dataclass(frozen=True)

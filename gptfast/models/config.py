@@ -133,11 +133,12 @@ GPT2_OPTIONS: dict[str, Any] = {
     for field in dataclasses.fields(GPTConfig)
     if field.name not in GPT2_SIZES
 }
-# Options that go together; beside GPT-2, none of these models has biases.
+# Options that go together.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama": {"positions": "rotary", "norm": "rms", "mlp": "swiglu"},
+    "llama": {"bias": False, "positions": "rotary", "norm": "rms", "mlp": "swiglu"},
     "nanochat": {
+        "bias": False,
         "positions": "rotary",
         "norm": "rms",
         "norm_eps": 2.0**-23,  # float32's, which F.rms_norm takes where none is given
@@ -167,7 +168,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # SmolLM-135M: Llama's architecture with the head tied; 134,515,008.
     "llama-135m": {
         **ARCHITECTURES["llama"],
-        "bias": False,
         "block_size": 2048,
         "vocab_size": 49152,
         "n_layer": 30,
@@ -179,7 +179,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # TinyLlama-1.1B; 1,100,048,384.
     "llama-1.1b": {
         **ARCHITECTURES["llama"],
-        "bias": False,
         "block_size": 2048,
         "vocab_size": 32000,
         "n_layer": 22,
@@ -192,7 +191,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # nanochat at depth 20, as first published; 560,988,160.
     "nanochat-d20": {
         **ARCHITECTURES["nanochat"],
-        "bias": False,
         "block_size": 2048,
         "vocab_size": 65536,
         "n_layer": 20,
