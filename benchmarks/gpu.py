@@ -36,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmar
 import gptfast
 from benchmarks.gpu_works import Function, Tensors, Work, random, works
 from benchmarks.timing import COMPILED, EAGER, OURS, Timing, summarise
+from gptfast import backend
 from gptfast.models import GPT, GPTConfig
 from gptfast.optim import AdamW
 from gptfast.testing import assert_close_in_norm
 
+IN_CUDA = f"{OURS}, CUDA C++"  # where it is built; OURS are the Triton kernels
 CACHE = 150e6  # bytes of inputs in all sets: three times the second-level cache of an H100
 MOST_SETS = 8
 
@@ -190,6 +192,8 @@ def ceilings() -> dict[str, float]:
 def contenders(work: Work, compile: bool) -> dict[str, Function]:
     """Every function to time, by name."""
     found = {OURS: work.ours, **work.peers}
+    if backend.missing("cuda") is None:
+        found[IN_CUDA] = work.ours
     if compile and EAGER in work.peers:
         torch._dynamo.reset()
         found[COMPILED] = torch.compile(work.peers[EAGER], dynamic=False)
@@ -212,7 +216,9 @@ def time_work(
             if pass_ in work.passes:
                 stream = torch.cuda.Stream()
                 try:
-                    graphs[pass_][name] = captured(calls_of(work, function, sets, stream), stream)
+                    with gptfast.use_backend("cuda" if name == IN_CUDA else "triton"):
+                        calls = calls_of(work, function, sets, stream)
+                        graphs[pass_][name] = captured(calls, stream)
                 except RuntimeError as error:
                     if name == OURS:
                         raise
@@ -220,9 +226,15 @@ def time_work(
     rows = []
     for pass_, of_pass in graphs.items():
         timings = replayed(of_pass, rounds)
-        best = min((t.median for name, t in timings.items() if name != OURS), default=None)
+        best = best_peer(timings)
         rows += [row(work, pass_, name, t, best, ceiling) for name, t in timings.items()]
     return rows
+
+
+def best_peer(timings: Mapping[str, Timing]) -> float | None:
+    """Seconds of the fastest that is not ours."""
+    peers = [t.median for name, t in timings.items() if name not in (OURS, IN_CUDA)]
+    return min(peers, default=None)
 
 
 Calls = list[Callable[[], object]]
@@ -309,7 +321,7 @@ def time_adamw(ceiling: Mapping[str, float], rounds: int, clip: bool) -> list[Ro
         for p, g in zip(params, grads, strict=True):
             p.grad = g.to(dtype, copy=True)
         optimizer: Any
-        if name == OURS:
+        if name in (OURS, IN_CUDA):
             optimizer = AdamW(params, lr=1e-4, max_norm=max_norm)
             return params, optimizer.step
         kind = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}}[name]
@@ -345,11 +357,13 @@ def time_adamw(ceiling: Mapping[str, float], rounds: int, clip: bool) -> list[Ro
     )
     stream = torch.cuda.Stream()
     graphs = {}
-    for name in (OURS, "torch fused", "torch foreach"):
+    in_cuda = (IN_CUDA,) if backend.missing("cuda") is None else ()
+    for name in (OURS, *in_cuda, "torch fused", "torch foreach"):
         _, step = make(name)
-        graphs[name] = captured([step], stream)
+        with gptfast.use_backend("cuda" if name == IN_CUDA else "triton"):
+            graphs[name] = captured([step], stream)
     timings = replayed(graphs, rounds)
-    best = min(t.median for name, t in timings.items() if name != OURS)
+    best = best_peer(timings)
     return [row(work, "fwd", name, t, best, ceiling) for name, t in timings.items()]
 
 
@@ -407,14 +421,16 @@ def markdown(rows: Sequence[Row]) -> str:
     for r in rows:
         works.setdefault((r.op, r.shape, r.pass_), []).append(r)
     for key, found in works.items():
-        ours, *peers = sorted(found, key=lambda r: (r.contender != OURS, r.median_us))
+        ours, *others = sorted(found, key=lambda r: (r.contender != OURS, r.median_us))
+        peers = [r for r in others if r.contender != IN_CUDA]
+        others.remove(peers[0])
         rate = f"{ours.tflop_per_s:.0f} TF" if ours.tflop_per_s else f"{ours.gb_per_s:,.0f}"
         ratio = f"{ours.ratio_to_best_peer:.2f}"
         lines.append(
             f"| {' | '.join(key)} | {ours.median_us:,.1f} | {rate} | {ours.percent_of_ceiling:.0f} "
             f"| {peers[0].median_us:,.1f} {peers[0].contender} "
             f"| {ratio if ours.ratio_to_best_peer >= 1 else f'**{ratio}**'} "
-            f"| {', '.join(f'{r.median_us:,.1f} {r.contender}' for r in peers[1:])} |"
+            f"| {', '.join(f'{r.median_us:,.1f} {r.contender}' for r in others)} |"
         )
     return "\n".join(lines) + "\n"
 

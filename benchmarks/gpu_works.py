@@ -263,6 +263,7 @@ def embeddings(M: int, V: int, C: int) -> Iterator[Work]:
 
 def works() -> Iterator[Work]:
     """All, with the sizes of GPT-2 124M and of models of some billions of parameters."""
+    yield from norms(65536, 64)  # of heads
     yield from norms(16384, 768)
     yield from norms(8192, 4096)
     yield from elementwise(16384, 3072)
