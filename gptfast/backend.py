@@ -154,6 +154,10 @@ def launch_cuda_on(place: torch.device, kernel: str, *args: Any) -> None:
     getattr(module, kernel)(device, *addresses, stream)
 
 
+class RefusedError(RuntimeError):
+    """A forced backend cannot run the call."""
+
+
 def no_backward(*args: Any) -> Any:
     """The `bwd` of an op that has a forward only."""
     raise RuntimeError("the op has no backward")
@@ -278,6 +282,10 @@ class Op:
         forward_only = self.implementations["torch"].bwd is no_backward
         return (f"{self.name}_fwd",) if forward_only else (f"{self.name}_fwd", f"{self.name}_bwd")
 
+    def has_backward(self, backend: str) -> bool:
+        """Whether `backend` has a backward of this op, too."""
+        return self.implementations[backend].bwd is not no_backward
+
     def why_not(self, backend: str, x: torch.Tensor, *args: Any) -> str | None:
         """Why `backend` cannot run this op on these arguments, or None; x decides the device."""
         if backend == "torch":
@@ -327,7 +335,7 @@ class Op:
         """The implementation that runs this call.
 
         Raises:
-            RuntimeError: a backend is forced and refuses.
+            RefusedError: a backend is forced and refuses.
         """
         wanted = _forced or _environment_backend()
         for backend in self._candidates_for(x, wanted):
@@ -335,7 +343,25 @@ class Op:
             if implementation.why_not is None or implementation.why_not(x, *args) is None:
                 return implementation
         reason = self.why_not(wanted, x, *args)
-        raise RuntimeError(f"{self.name}: backend {wanted!r} is forced, but {reason}")
+        raise RefusedError(f"{self.name}: backend {wanted!r} is forced, but {reason}")
+
+    def choose_bwd(self, x: torch.Tensor, *args: Any) -> Implementation:
+        """The implementation that runs this call of backward, which not every backend may have.
+
+        Raises:
+            RefusedError: a backend is forced and refuses, or has a forward only.
+        """
+        wanted = _forced or _environment_backend()
+        for backend in self._candidates_for(x, wanted):
+            implementation = self.implementations[backend]
+            refuses = implementation.why_not
+            if self.has_backward(backend) and not (refuses and refuses(x, *args)):
+                return implementation
+        reason = self.why_not(wanted, x, *args)
+        if reason is None:
+            others = ", ".join(b for b in self.implementations if self.has_backward(b))
+            reason = f"it has no backward of this op; {others} have"
+        raise RefusedError(f"{self.name}: backend {wanted!r} is forced, but {reason}")
 
 
 def interpreting(x: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from gptfast.kernels.attention import LN2, _block_d, _scores
 from gptfast.kernels.precision import fp32_precision
-from gptfast.ops.attention_decode import capacity
+from gptfast.ops.attention_decode import capacity, pick_parts
 from gptfast.ops.layout import empty_output, unit_stride
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
@@ -45,7 +45,6 @@ class Config:
 
 
 MAX_STAGES = 4
-MAX_PARTS = 128
 
 
 @tunable
@@ -83,20 +82,6 @@ def pick_config(rows: int, D: int, Dv: int, itemsize: int, target: Target) -> Co
     most_stages = 2 if itemsize == 4 else MAX_STAGES
     stages = min(max(room // (block_n * tile), 1), most_stages)
     return Config(block_m, block_n, 8 if wide else 4, stages)
-
-
-def pick_parts(
-    programs: int, S: int, rows: int, D: int, Dv: int, itemsize: int, target: Target
-) -> int:
-    """In how many parts the keys of a sequence are visited; `programs`: with one part each.
-
-    Enough parts for two programs a multiprocessor, as `pick_config` has them. A part's fp32 o is
-    written and read again, 8 Dv bytes a row, which may be an eighth of the (D + Dv) itemsize bytes
-    of each of its keys; and below 256 keys a program is over before it has begun.
-    """
-    wanted = triton.cdiv(2 * target.multiprocessors, max(programs, 1))
-    least = max(256, triton.cdiv(8 * 8 * Dv * rows, (D + Dv) * itemsize))
-    return max(1, min(wanted, S // least, MAX_PARTS))
 
 
 def _precision_of(D: int, Dv: int, target: Target) -> str:

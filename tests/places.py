@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptfast import backend
+from gptfast.testing import Case
 
 EXTENSION = backend.extension()
 ISAS = EXTENSION.cpu_isas() if EXTENSION else []
@@ -44,9 +45,31 @@ elif torch.cuda.is_available():
 GPU_TAILS = (1, 8, 15, 16, 17, 33)
 
 
+DECODE = ("attention_decode", "attention_decode_append")
+ATTENTION = ("attention", "attention_qkv", "attention_varlen", *DECODE)
+
+
 def implemented(op: str) -> list[Place]:
     """The places where an op has an implementation."""
     return [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+
+
+def refused(case: Case, dtype: torch.dtype) -> str | None:
+    """What of a case the `cuda` backend refuses, as its reason says; None: it runs."""
+    if case.op not in ATTENTION:
+        return None
+    if dtype == torch.float32:
+        return "bfloat16 or float16, got float32"
+    widths = case.shape[-2:] if case.op in DECODE else case.shape[-1:]
+    if any(width % 8 for width in (*widths, case.options.get("Dv", 8))):
+        return "head dims must be multiples of 8"
+    if case.layout in ("transposed", "sliced", "strided", "scalar"):
+        return "contiguous rows"
+    if case.op not in DECODE:
+        for name in ("dropout_p", "softcap", "alibi"):
+            if case.options.get(name):
+                return f"it has no {name}"
+    return None
 
 
 def first_result(op: str, outputs: Any, args: Sequence[Any]) -> torch.Tensor:

@@ -191,7 +191,7 @@ def test_tiles_fit_the_target(target, itemsize, width):
 
 
 def test_parts_fill_the_card_and_no_more():
-    from gptfast.kernels.attention_decode import MAX_PARTS, pick_parts
+    from gptfast.ops.attention_decode import MAX_PARTS, pick_parts
 
     target = TARGETS["sm_90"]
 

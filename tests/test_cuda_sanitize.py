@@ -84,13 +84,38 @@ def test_a_planted_fault_is_found(fault, sanitizer, report):
     assert re.search(report, done.stderr), done.stderr[-4000:]
 
 
-@pytest.mark.slow
-def test_a_barrier_deleted_from_a_shipped_kernel_is_noticed(tmp_path):
-    """The barrier behind which row_reduce reads the warps' sums."""
-    before, behind = (KERNELS / "common.cuh").read_text().rsplit("  __syncthreads();", 1)
+def run_without(tmp_path, file, deleted, sanitizer):
+    """Everything, with the last place of a text deleted from one of the sources."""
+    before, behind = (KERNELS / file).read_text().rsplit(deleted, 1)
     shutil.copytree(KERNELS.parent, tmp_path / "csrc")
     shutil.copytree(HERE, tmp_path / "tests/cuda")
-    (tmp_path / "csrc/cuda/common.cuh").write_text(before + behind)
+    (tmp_path / "csrc/cuda" / file).write_text(before + behind)
     sources = [tmp_path / "tests/cuda/launch_everything.cpp", *tmp_path.glob("csrc/cuda/*.cu")]
-    done = run(cuda_host.compile_all(sources, SANITIZERS["thread"], tmp_path / "build/run"))
-    assert "data race" in done.stderr
+    return run(cuda_host.compile_all(sources, SANITIZERS[sanitizer], tmp_path / "build/run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "barrier"),
+    [
+        ("common.cuh", "  __syncthreads();"),  # behind it row_reduce reads the warps' sums
+        ("attention.cu", "    __syncthreads();"),  # that waits for the next keys
+        ("attention_decode.cu", "    __syncwarp();  // this tile is there\n"),
+    ],
+)
+def test_a_barrier_deleted_from_a_shipped_kernel_is_noticed(tmp_path, file, barrier):
+    assert "data race" in run_without(tmp_path, file, barrier, "thread").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "wait"),
+    [
+        ("attention.cu", "    cp_async_wait<0>();"),  # for the next keys
+        ("attention_decode.cu", "    cp_async_wait<1>();"),
+    ],
+)
+def test_a_wait_deleted_from_attention_is_noticed(tmp_path, file, wait):
+    done = run_without(tmp_path, file, wait, "none")
+    assert done.returncode != 0
+    assert re.search("not finite|never waited for", done.stderr), done.stderr[-4000:]

@@ -34,7 +34,7 @@ def work(case):
     if case.op == "kv_cache_append":  # takes a program a token
         B, H_kv, T, *_ = case.shape
         return B * H_kv * T
-    if case.op == "attention_decode":  # whose heads share a tile
+    if case.op in ("attention_decode", "attention_decode_append"):  # whose heads share a tile
         B, _, H_kv, _, S, *_ = case.shape
         return B * H_kv * S // 3
     if case.op == "attention_varlen":

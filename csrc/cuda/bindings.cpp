@@ -16,6 +16,46 @@ extern int64_t launches;
 #endif
 
 namespace gptfast {
+
+template <>
+struct FromPython<cuda::Heads> {
+  using type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+  static cuda::Heads get(const type& t) {
+    const auto [address, stride_b, stride_h, stride_t] = t;
+    return {reinterpret_cast<void*>(address), stride_b, stride_h, stride_t};
+  }
+};
+template <>
+struct FromPython<cuda::Rows> {
+  using type = std::tuple<uintptr_t, int64_t, int64_t>;
+  static cuda::Rows get(const type& t) {
+    const auto [address, stride_b, stride_h] = t;
+    return {reinterpret_cast<float*>(address), stride_b, stride_h};
+  }
+};
+template <>
+struct FromPython<cuda::NewTokens> {
+  using HeadsTuple = FromPython<cuda::Heads>::type;
+  using type = std::tuple<HeadsTuple, HeadsTuple, uintptr_t, uintptr_t, int64_t, int, bool>;
+  static cuda::NewTokens get(const type& t) {
+    const auto [k, v, cos, sin, stride_b, half, interleaved] = t;
+    return {FromPython<cuda::Heads>::get(k),
+            FromPython<cuda::Heads>::get(v),
+            reinterpret_cast<const float*>(cos),
+            reinterpret_cast<const float*>(sin),
+            stride_b,
+            half,
+            interleaved};
+  }
+};
+template <>
+struct FromPython<cuda::Slopes> {
+  using type = std::tuple<uintptr_t, int64_t>;
+  static cuda::Slopes get(const type& t) {
+    return {reinterpret_cast<const float*>(std::get<0>(t)), std::get<1>(t)};
+  }
+};
+
 namespace {
 
 #ifdef GPTFAST_CUDA_ON_CPU
@@ -76,6 +116,8 @@ void register_cuda(pybind11::module_& m) {
   BIND(adamw);
   BIND(bias_gelu_bwd);
   BIND(bias_gelu_fwd);
+  BIND(attention_decode_fwd);
+  BIND(attention_fwd);
   BIND(cross_entropy_bwd);
   BIND(cross_entropy_fwd);
   BIND(gelu_bwd);

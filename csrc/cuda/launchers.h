@@ -21,6 +21,54 @@ void adamw(const int64_t* tensors, const int64_t* chunks, const double* hyper, i
            const float* found_inf, const int64_t* rounding_seed, float* norm, float* partial,
            int64_t programs, float* scalars, cudaStream_t stream);
 
+// (B, H, T, D) with contiguous D; strides in elements.
+struct Heads {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+// (B, H, T) with contiguous T.
+struct Rows {
+  float* data;
+  int64_t stride_b, stride_h;
+};
+
+// (B, H) with contiguous H, or null.
+struct Slopes {
+  const float* data;
+  int64_t stride_b;
+};
+
+// q: (B, H, T, D). k, v: (B, H_kv, S, D or Dv). o: (B, H, T, Dv). lse: (B, H, T). All in bfloat16
+// or float16, at addresses and with strides that 16 bytes divide, as D and Dv are. ends_q, ends_k:
+// (B + 1,) where the tokens of packed sequences end, or null: their stride_b is 0, T and S are those
+// of the longest. left, right: keys that a query sees before and behind its diagonal, -1 for all.
+void attention_fwd(Heads q, Heads k, Heads v, Heads o, Rows lse, const int32_t* ends_q,
+                   const int32_t* ends_k, int64_t B, int64_t H, int64_t H_kv, int64_t T, int64_t S,
+                   int64_t D, int64_t Dv, float scale, int64_t left, int64_t right, DType dtype,
+                   cudaStream_t stream);
+
+// The keys and values of the T newest tokens, (B, H_kv, T, D or Dv), or addresses of null where the
+// caches hold them already. cos, sin: (T, half), or (B, T, half) with a stride_b, or null: they turn
+// the first 2 half dimensions of new keys and of queries, see gptfast/ops/rope.py.
+struct NewTokens {
+  Heads k, v;
+  const float *cos, *sin;
+  int64_t stride_b;
+  int half;
+  bool interleaved;
+};
+
+// q as above, T at most 16. k_cache, v_cache: (pages, H_kv, tokens of a page, D or Dv). lengths: (B,).
+// table: (B, max_pages), or null, with a page for each sequence. S: tokens that a sequence has room
+// for. o: (B, T, H, Dv). lse: (B, H, T). With parts > 1 part_o (parts, B, T, H, Dv) and part_lse
+// (parts, B, H, T) are needed.
+void attention_decode_fwd(Heads q, Heads k_cache, Heads v_cache, NewTokens fresh,
+                          const int32_t* lengths, const int32_t* table, int64_t max_pages,
+                          int64_t page_size, Slopes slopes, void* o, float* lse, float* part_o,
+                          float* part_lse, int64_t parts, int64_t B, int64_t H, int64_t H_kv,
+                          int64_t T, int64_t S, int64_t D, int64_t Dv, float scale, int64_t left,
+                          float softcap, DType dtype, cudaStream_t stream);
+
 // x, y: (n,).
 void gelu_fwd(const void* x, void* y, int64_t n, bool tanh_form, DType dtype, cudaStream_t stream);
 void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, bool tanh_form, DType dtype,

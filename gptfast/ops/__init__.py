@@ -4,6 +4,7 @@ from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.attention import attention
 from gptfast.ops.attention_decode import attention_decode
+from gptfast.ops.attention_decode_append import attention_decode_append
 from gptfast.ops.attention_qkv import attention_qkv
 from gptfast.ops.attention_varlen import attention_varlen
 from gptfast.ops.bias_gelu import bias_gelu
@@ -30,6 +31,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_decode",
+    "attention_decode_append",
     "attention_qkv",
     "attention_varlen",
     "bias_gelu",

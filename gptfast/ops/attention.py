@@ -38,6 +38,7 @@ from gptfast.ops.philox import checked_seed, dropout_factors, dropout_threshold
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 REFERENCE_ROWS = 128  # queries that the reference handles at a time: scores take B H 128 S elements
+MAX_CUDA_TOKENS = 2**30  # queries and keys of one sequence: their indices and sums are 32-bit
 MAX_HEAD_DIM = 256  # of the Triton kernels, which hold whole rows: see kernels/attention.py
 
 
@@ -192,7 +193,7 @@ def run_cpu_fwd(
     """Fill o and lse; also of `attention_varlen`, whose `ends` are cu_seqlens of q and of k."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     backend.extension().attention_fwd(  # type: ignore[union-attr]
-        *(_heads(x) for x in (q, k, v, o)),
+        *(heads_of(x) for x in (q, k, v, o)),
         lse.data_ptr(),
         _cpu_shape(q, k, v, lse, ends),
         _cpu_options(options),
@@ -242,10 +243,10 @@ def run_cpu_bwd(
     lse = lse.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
     backend.extension().attention_bwd(  # type: ignore[union-attr]
-        *(_heads(x) for x in (do, q, k, v, o)),
+        *(heads_of(x) for x in (do, q, k, v, o)),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
-        *((0, 0, 0, 0) if g is None else _heads(g) for g in grads),
+        *((0, 0, 0, 0) if g is None else heads_of(g) for g in grads),
         _cpu_shape(q, k, v, lse, ends),
         _cpu_options(options),
         backend.DTYPE_CODES[q.dtype],
@@ -255,7 +256,7 @@ def run_cpu_bwd(
     )
 
 
-def _heads(x: torch.Tensor) -> tuple[int, int, int, int]:
+def heads_of(x: torch.Tensor) -> tuple[int, int, int, int]:
     """Address and strides of (B, H, T, D), or of packed sequences (N, H, D)."""
     if x.dim() == 4:
         return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
@@ -290,11 +291,76 @@ def _cpu_options(options: Options) -> tuple[float, int, int, float, tuple[int, .
     )
 
 
-def why_not_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def why_not_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options | None = None
+) -> str | None:
     """Why the Triton kernels cannot take these heads, or None."""
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its head dim must be at most {MAX_HEAD_DIM}, got {widest}"
+    return None
+
+
+def cuda_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
+    """The `cuda` backend of the forward op."""
+    o = empty_output(q, v.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    run_cuda_fwd(q, k, v, o, lse, Options(*options), (None, None), q.shape[2], k.shape[2])
+    return o, lse
+
+
+def run_cuda_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    ends: tuple[torch.Tensor | None, torch.Tensor | None],
+    T: int,
+    S: int,
+) -> None:
+    """Fill o and lse; also of `attention_varlen`, see `run_cpu_fwd`, whose longest T and S are."""
+    B = q.shape[0] if ends[0] is None else ends[0].shape[0] - 1
+    heads, key_heads, D, Dv = q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]
+    backend.launch_cuda(
+        "attention_fwd",
+        q,
+        *(heads_of(x) for x in (q, k, v, o)),
+        (lse.data_ptr(), *(0, *lse.stride())[-3:-1]),
+        *ends,
+        *(B, heads, key_heads, T, S, D, Dv, options.scale, options.left, options.right),
+    )
+
+
+def why_not_cuda(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options | None = None
+) -> str | None:
+    """Why the CUDA kernel cannot take this call, or None: it copies 16 bytes at a time."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"its tensors must be bfloat16 or float16, got {backend.dtype_name(q.dtype)}"
+    if reason := why_not_triton(q, k, v):
+        return reason
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] % 8:
+            return f"its head dims must be multiples of 8, got {x.shape[-1]} for {name}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() and (x.stride(-1) != 1 or any(stride % 8 for stride in x.stride()[:-1])):
+            strides = "contiguous rows and other strides that are multiples of 8"
+            return f"its tensors must have {strides}, got {tuple(x.stride())} for {name}"
+        if x.data_ptr() % 16:
+            return f"its tensors must begin at multiples of 16 bytes, {name} does not"
+    if q.shape[-2] + k.shape[-2] >= MAX_CUDA_TOKENS:
+        return f"it takes fewer than 2^30 tokens, got {q.shape[-2]} and {k.shape[-2]}"
+    if options is not None:
+        has_slopes = options.alibi_slopes is not None
+        for name, given in (
+            ("dropout_p", options.dropout_p),
+            ("softcap", options.softcap),
+            ("alibi_slopes", has_slopes),
+        ):
+            if given:
+                return f"it has no {name}"
     return None
 
 
@@ -304,12 +370,13 @@ OP = backend.Op(
         "torch": backend.Implementation(reference_fwd, reference_bwd),
         "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("attention", why_not=why_not_triton),
+        "cuda": backend.Implementation(cuda_fwd, why_not=why_not_cuda),
     },
 )
 
 
 def _fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors2:
-    return OP.choose(q, k, v).fwd(q, k, v, *options)
+    return OP.choose(q, k, v, Options(*options)).fwd(q, k, v, *options)
 
 
 def _bwd(
@@ -322,7 +389,7 @@ def _bwd(
     dlse: torch.Tensor | None,
     *rest: Any,
 ) -> Tensors3:
-    return OP.choose(q, k, v).bwd(do, q, k, v, o, lse, dlse, *rest, None)
+    return OP.choose_bwd(q, k, v).bwd(do, q, k, v, o, lse, dlse, *rest, None)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import make_options, why_not_triton
+from gptfast.ops.attention import heads_of, make_options, why_not_triton
+from gptfast.ops.attention import why_not_cuda as why_not_cuda_heads
 from gptfast.ops.layout import empty_output
 from gptfast.ops.library import (
     check_device,
@@ -35,8 +36,11 @@ from gptfast.ops.library import (
     define,
     statistics_dtype,
 )
+from gptfast.targets import Target, target_of
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
+CUDA_ROWS = 16  # of a block of the CUDA kernel
+MAX_PARTS = 128
 MAX_QUERIES = 16  # a sequence: with more of them, `attention` has tiles that fit better
 
 
@@ -101,6 +105,91 @@ def capacity(k_cache: torch.Tensor, block_table: torch.Tensor | None) -> int:
     return pages * k_cache.shape[1]
 
 
+def pick_parts(
+    programs: int, S: int, rows: int, D: int, Dv: int, itemsize: int, target: Target
+) -> int:
+    """In how many parts a GPU visits the keys of a sequence; `programs`: with one part each.
+
+    Enough parts for two programs a multiprocessor, which is what kernels have room for. A part's
+    fp32 o is written and read again, 8 Dv bytes a row, which may be an eighth of the
+    (D + Dv) itemsize bytes of each of its keys; and below 256 keys a program is over before it has
+    begun.
+    """
+    wanted = -(-2 * target.multiprocessors // max(programs, 1))
+    least = max(256, -(-8 * 8 * Dv * rows // ((D + Dv) * itemsize)))
+    return max(1, min(wanted, S // least, MAX_PARTS))
+
+
+def cuda_fwd(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
+) -> Tensors2:
+    """The `cuda` backend of the forward op."""
+    nowhere = (0, 0, 0, 0)
+    return run_cuda_fwd(
+        *(q, k_cache, v_cache, (nowhere, nowhere, 0, 0, 0, 0, False), cache_seqlens),
+        *(block_table, alibi_slopes, scale, left, softcap),
+    )
+
+
+def run_cuda_fwd(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    new_tokens: tuple[Any, ...],
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
+) -> Tensors2:
+    """Also of `attention_decode_append`; new_tokens: the launcher's struct of that name."""
+    B, H, T, D = q.shape
+    page_size, H_kv, Dv = v_cache.shape[1:]
+    S = capacity(k_cache, block_table)
+    o = empty_output(q, Dv)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    if not q.numel():
+        return o, lse
+    cache_seqlens = cache_seqlens.contiguous()
+    table = None if block_table is None else block_table.contiguous()
+    slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+    rows = T * H // H_kv
+    blocks = B * H_kv * -(-rows // CUDA_ROWS)
+    parts = pick_parts(blocks, S, min(rows, CUDA_ROWS), D, Dv, 2, target_of(q.device))
+    part_o = part_lse = None
+    if parts > 1:
+        part_o = q.new_empty(parts, B, T, H, Dv, dtype=torch.float32)
+        part_lse = q.new_empty(parts, B, H, T, dtype=torch.float32)
+    backend.launch_cuda(
+        "attention_decode_fwd",
+        q,
+        *(heads_of(x) for x in (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2))),
+        new_tokens,
+        cache_seqlens,
+        table,
+        0 if table is None else table.shape[1],
+        page_size,
+        (0, 0) if slopes is None else (slopes.data_ptr(), (0, *slopes.stride())[-2]),
+        *(o, lse, part_o, part_lse, parts),
+        *(B, H, H_kv, T, S, D, Dv, scale, left, softcap),
+    )
+    return o, lse
+
+
+def why_not_cuda(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
+    """Why the CUDA kernel cannot take this call, or None: see that of `attention`."""
+    return why_not_cuda_heads(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2))
+
+
 OP = backend.Op(
     "attention_decode",
     {
@@ -108,6 +197,7 @@ OP = backend.Op(
         "triton": backend.triton_implementation(
             "attention_decode", why_not=why_not_triton, forward_only=True
         ),
+        "cuda": backend.Implementation(cuda_fwd, why_not=why_not_cuda),
     },
 )
 
@@ -211,18 +301,8 @@ def attention_decode(
     """
     op = "attention_decode"
     check_caches(op, q, "q", k_cache, v_cache, cache_seqlens, block_table)
-    B, H, T, D = q.shape
-    H_kv = k_cache.shape[2]
-    if k_cache.shape[3] != D:
-        raise ValueError(f"{op}: head dim of k_cache must be {D} as q's, got {k_cache.shape[3]}")
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{op}: key heads must divide {H} query heads, got {H_kv}")
-    if T > MAX_QUERIES:
-        raise ValueError(
-            f"{op}: q must have at most {MAX_QUERIES} tokens a sequence, got {T}; "
-            "gptfast.attention takes any number"
-        )
-    options = make_options(op, B, q, True, scale, 0.0, None, window, softcap, alibi_slopes)
+    check_queries(op, q, k_cache)
+    options = make_options(op, q.shape[0], q, True, scale, 0.0, None, window, softcap, alibi_slopes)
     o, lse = attention_decode_fwd(
         q,
         k_cache,
@@ -290,6 +370,21 @@ def check_caches(
     elif block_table.dim() != 2 or block_table.shape[0] != B:
         raise ValueError(
             f"{op}: block_table must be ({B}, max_pages), got {tuple(block_table.shape)}"
+        )
+
+
+def check_queries(op: str, q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    """Raise ValueError unless q's head dim, heads and tokens fit."""
+    _, H, T, D = q.shape
+    H_kv = k_cache.shape[2]
+    if k_cache.shape[3] != D:
+        raise ValueError(f"{op}: head dim of k_cache must be {D} as q's, got {k_cache.shape[3]}")
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{op}: key heads must divide {H} query heads, got {H_kv}")
+    if T > MAX_QUERIES:
+        raise ValueError(
+            f"{op}: q must have at most {MAX_QUERIES} tokens a sequence, got {T}; "
+            "gptfast.attention takes any number"
         )
 
 

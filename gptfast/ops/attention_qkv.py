@@ -59,10 +59,14 @@ def _packed(implementation: backend.Implementation) -> backend.Implementation:
         )
         return dqkv
 
-    def why_not(qkv: torch.Tensor, n_head: int = 1, n_kv_head: int = 1) -> str | None:
+    def why_not(
+        qkv: torch.Tensor, n_head: int = 1, n_kv_head: int = 1, options: Options | None = None
+    ) -> str | None:
         refuses = implementation.why_not
-        return refuses and refuses(*split_heads(qkv, n_head, n_kv_head))
+        return refuses and refuses(*split_heads(qkv, n_head, n_kv_head), options)
 
+    if implementation.bwd is backend.no_backward:
+        return backend.Implementation(fwd, why_not=why_not)
     return backend.Implementation(fwd, bwd, why_not)
 
 
@@ -72,7 +76,8 @@ OP = backend.Op(
 
 
 def _fwd(qkv: torch.Tensor, n_head: int, n_kv_head: int, *options: Any) -> Tensors2:
-    return OP.choose(qkv, n_head, n_kv_head).fwd(qkv, n_head, n_kv_head, *options)
+    implementation = OP.choose(qkv, n_head, n_kv_head, Options(*options))
+    return implementation.fwd(qkv, n_head, n_kv_head, *options)
 
 
 def _bwd(
@@ -84,7 +89,8 @@ def _bwd(
     n_kv_head: int,
     *options: Any,
 ) -> torch.Tensor:
-    return OP.choose(qkv, n_head, n_kv_head).bwd(dy, qkv, y, lse, n_head, n_kv_head, *options)
+    implementation = OP.choose_bwd(qkv, n_head, n_kv_head)
+    return implementation.bwd(dy, qkv, y, lse, n_head, n_kv_head, *options)
 
 
 def _fake_fwd(qkv: torch.Tensor, n_head: int, n_kv_head: int, *_: Any) -> Tensors2:

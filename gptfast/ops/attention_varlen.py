@@ -25,7 +25,9 @@ from gptfast.ops.attention import (
     run_backward,
     run_cpu_bwd,
     run_cpu_fwd,
+    run_cuda_fwd,
     setup_context,
+    why_not_cuda,
     why_not_triton,
 )
 from gptfast.ops.library import check_device, check_dtypes, define, statistics_dtype
@@ -150,6 +152,25 @@ def varlen_cpu_bwd(
     )
 
 
+def varlen_cuda_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> Tensors2:
+    """The `cuda` backend of the forward op."""
+    N, H, _ = q.shape
+    o = q.new_empty(N, H, v.shape[-1])
+    lse = q.new_empty(H, N, dtype=torch.float32)
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    run_cuda_fwd(q, k, v, o, lse, Options(*options), ends, max_seqlen_q, max_seqlen_k)
+    return o, lse
+
+
 OP = backend.Op(
     "attention_varlen",
     {
@@ -158,6 +179,7 @@ OP = backend.Op(
         "triton": backend.triton_implementation(
             "attention_varlen", "attention", why_not=why_not_triton
         ),
+        "cuda": backend.Implementation(varlen_cuda_fwd, why_not=why_not_cuda),
     },
 )
 
@@ -176,7 +198,7 @@ def _fwd(
         _check_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         _check_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return OP.choose(q, k, v).fwd(q, k, v, *sequences, *options)
+    return OP.choose(q, k, v, Options(*options)).fwd(q, k, v, *sequences, *options)
 
 
 def _check_values(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int) -> None:
@@ -199,7 +221,7 @@ def _check_values(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int
 def _bwd(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> Tensors3:
-    return OP.choose(q, k, v).bwd(do, q, k, v, *rest)
+    return OP.choose_bwd(q, k, v).bwd(do, q, k, v, *rest)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:

@@ -117,8 +117,28 @@ def kv_cache_append(
     """
     op = "kv_cache_append"
     check_caches(op, k, "k", k_cache, v_cache, cache_seqlens, block_table)
-    check_dtypes(op, k.dtype, v=v)
-    B, _, T, _ = k.shape
+    check_new_tokens(op, k, v, k_cache, v_cache, cache_seqlens.shape[0], k.shape[2])
+    check_device(op, k.device, v=v)
+    kv_cache_append_fwd(k.detach(), v.detach(), k_cache, v_cache, cache_seqlens, block_table)
+
+
+def check_new_tokens(
+    op: str,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    B: int,
+    T: int,
+) -> None:
+    """Raise unless k and v are T tokens of B sequences that fit into the caches.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit.
+        RuntimeError: a cache that requires gradients.
+    """
+    check_dtypes(op, k_cache.dtype, k=k, v=v)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (B, cache.shape[2], T, cache.shape[3])
         if tuple(x.shape) != expected:
@@ -127,5 +147,3 @@ def kv_cache_append(
             )
         if cache.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{op}: {name}_cache must not require gradients")
-    check_device(op, k.device, v=v)
-    kv_cache_append_fwd(k.detach(), v.detach(), k_cache, v_cache, cache_seqlens, block_table)

@@ -148,25 +148,39 @@ def rope(
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
     heads = {"q": q} if k is None else {"q": q, "k": k}
-    for name, x in {**heads, "cos": cos, "sin": sin}.items():
-        check_floating("rope", name, x)
     for name, x in heads.items():
+        check_floating("rope", name, x)
         if x.dim() != 4:
             raise ValueError(f"rope: {name} must be (B, H, T, D), got {tuple(x.shape)}")
     check_dtypes("rope", q.dtype, k=k)
-    check_device("rope", q.device, k=k, cos=cos, sin=sin)
+    check_device("rope", q.device, k=k)
     B, _, T, D = q.shape
     if k is not None and (k.shape[0], *k.shape[2:]) != (B, T, D):
         raise ValueError(f"rope: k must be ({B}, H_kv, {T}, {D}), got {tuple(k.shape)}")
-    half = cos.shape[-1] if cos.dim() else 0
-    if tuple(cos.shape) not in ((T, half), (B, T, half)):
-        raise ValueError(f"rope: cos must be ({T}, R/2) or ({B}, {T}, R/2), got {tuple(cos.shape)}")
-    if not 0 < 2 * half <= D:
-        raise ValueError(f"rope: cos must be for R of 2 to {D} dimensions, got {2 * half}")
-    if sin.shape != cos.shape:
-        raise ValueError(f"rope: sin must be {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    check_tables("rope", q, cos, sin)
     turned_q, turned_k = rope_fwd(q, k, cos, sin, interleaved)
     return turned_q, None if k is None else turned_k
+
+
+def check_tables(op: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Raise unless cos and sin are tables for the tokens of q.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: shapes that do not fit, or R > D.
+        RuntimeError: on another device than q.
+    """
+    for name, x in (("cos", cos), ("sin", sin)):
+        check_floating(op, name, x)
+    check_device(op, q.device, cos=cos, sin=sin)
+    B, _, T, D = q.shape
+    half = cos.shape[-1] if cos.dim() else 0
+    if tuple(cos.shape) not in ((T, half), (B, T, half)):
+        raise ValueError(f"{op}: cos must be ({T}, R/2) or ({B}, {T}, R/2), got {tuple(cos.shape)}")
+    if not 0 < 2 * half <= D:
+        raise ValueError(f"{op}: cos must be for R of 2 to {D} dimensions, got {2 * half}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"{op}: sin must be {tuple(cos.shape)}, got {tuple(sin.shape)}")
 
 
 def rope_cache(

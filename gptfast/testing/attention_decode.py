@@ -135,7 +135,8 @@ def _scores(
     return scores, size
 
 
-def _peer(i: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def peer(i: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's own attention for each sequence, or where it lacks an option, spelled out."""
     q = i["q"]
     dtype = torch.promote_types(q.dtype, torch.float32)
     o, lse = (
@@ -157,9 +158,10 @@ def _peer(i: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     return o, lse
 
 
-def _magnitudes(
+def magnitudes(
     i: Inputs, options: Options, do: torch.Tensor, dlse: torch.Tensor
 ) -> dict[str, Magnitude]:
+    """See `Magnitude`: of o and lse."""
     o, o_moves, lse_moves = torch.zeros_like(do), torch.zeros_like(do), torch.zeros_like(dlse)
     for b in range(do.shape[0]):
         q, k, v, distance, visible = _sequence(i, options, b)
@@ -242,8 +244,8 @@ def _cases() -> Iterator[Case]:
 ROW = OpRow(
     inputs=_inputs,
     call=_call,
-    peer=_peer,
-    magnitudes=_magnitudes,
+    peer=peer,
+    magnitudes=magnitudes,
     gradients=(),
     results=("o", "lse"),
     float32_result=("lse",),

@@ -33,7 +33,7 @@ def _inputs(case: Case, dtype: torch.dtype, draw: Any) -> dict[str, Any]:
     }
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
+def copy(x: torch.Tensor) -> torch.Tensor:
     """x with its strides, so that the op meets them, but in memory of its own."""
     if 0 in x.stride():  # not to be written to: many elements are one
         return x.contiguous()
@@ -41,12 +41,13 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 
 
 def _call(i: Inputs, options: Options) -> Any:
-    caches = _copy(i["k_cache"]), _copy(i["v_cache"])
+    caches = copy(i["k_cache"]), copy(i["v_cache"])
     kv_cache_append(i["k"], i["v"], *caches, i["cache_seqlens"], i["block_table"])
     return caches
 
 
-def _peer(i: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def peer(i: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caches, token by token."""
     k_cache, v_cache, table = i["k_cache"].clone(), i["v_cache"].clone(), i["block_table"]
     T, page_size = i["k"].shape[2], k_cache.shape[1]
     for b, length in enumerate(i["cache_seqlens"].tolist()):
@@ -82,7 +83,7 @@ def _cases() -> Iterator[Case]:
 ROW = OpRow(
     inputs=_inputs,
     call=_call,
-    peer=_peer,
+    peer=peer,
     magnitudes=_magnitudes,
     gradients=(),
     results=("new_k_cache", "new_v_cache"),

@@ -44,7 +44,7 @@ def _joined(
     return torch.cat([torch.stack([x1, x2], dim).flatten(-2), rest], -1)
 
 
-def _peer(i: Inputs, options: Options) -> tuple[torch.Tensor, ...]:
+def peer(i: Inputs, options: Options) -> tuple[torch.Tensor, ...]:
     """As a product of complex numbers."""
     cos, sin = (i[name].unsqueeze(-3) for name in ("cos", "sin"))
     R = 2 * cos.shape[-1]
@@ -56,9 +56,10 @@ def _peer(i: Inputs, options: Options) -> tuple[torch.Tensor, ...]:
     return turn(i["q"]), turn(i["k"])
 
 
-def _magnitudes(
+def magnitudes(
     i: Inputs, options: Options, dq: torch.Tensor, dk: torch.Tensor
 ) -> dict[str, Magnitude]:
+    """See `Magnitude`: of both results and both gradients."""
     cos, sin = (i[name].unsqueeze(-3).abs() for name in ("cos", "sin"))
     R = 2 * cos.shape[-1]
 
@@ -95,8 +96,8 @@ ROW = OpRow(
     call=lambda i, o: rope(
         i["q"], i["k"], i["cos"], i["sin"], interleaved=o.get("interleaved", False)
     ),
-    peer=_peer,
-    magnitudes=_magnitudes,
+    peer=peer,
+    magnitudes=magnitudes,
     gradients=("q", "k"),
     results=("turned_q", "turned_k"),
     cases=tuple(_cases()),

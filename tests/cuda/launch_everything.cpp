@@ -1,7 +1,9 @@
 // Runs every CUDA launcher on every path once for each order of the threads, in heap memory of
 // exactly the right sizes. Built with sanitizers, by test_cuda_sanitize.py; the values are judged by
 // test_cuda_host.py.
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 
@@ -118,6 +120,74 @@ void run_cross_entropy(int64_t M, int64_t V, float smoothing, bool weighted, DTy
                                    smoothing, 1e-4f, 30.0f, dtype, nullptr);
 }
 
+// A (B, H, T, D) tensor that lies in memory as (B, T, H, D).
+gptfast::cuda::Heads heads(const Buffer& x, int64_t H, int64_t T, int64_t D) {
+  return {x, T * H * D, D, H * D};
+}
+
+// What came before its copy was there would be NaN.
+void require_finite(const char* what, const Buffer& x, int64_t n, DType dtype) {
+  gptfast::cuda::with_dtype(dtype, [&](auto t) {
+    const auto* values = reinterpret_cast<const decltype(t)*>(x.bytes.get());
+    for (int64_t i = 0; i < n; ++i)
+      if (!std::isfinite(gptfast::cuda::to_float(values[i]))) {
+        std::fprintf(stderr, "%s: not finite at %ld\n", what, static_cast<long>(i));
+        std::exit(1);
+      }
+  });
+}
+
+constexpr int64_t B = 2, H = 4, H_kv = 2;
+
+void run_attention(int64_t T, int64_t S, int64_t D, int64_t left, int64_t right, DType dtype) {
+  const Buffer q(B * H * T * D, dtype), k(B * H_kv * S * D, dtype), v(B * H_kv * S * D, dtype);
+  const Buffer o(B * H * T * D, dtype), lse = floats(B * H * T);
+  gptfast::cuda::attention_fwd(heads(q, H, T, D), heads(k, H_kv, S, D), heads(v, H_kv, S, D),
+                               heads(o, H, T, D), {lse, H * T, T}, nullptr, nullptr, B, H, H_kv, T,
+                               S, D, D, 0.2f, left, right, dtype, nullptr);
+  require_finite("attention", o, B * H * T * D, dtype);
+}
+
+void run_attention_varlen(int64_t D, DType dtype) {
+  const int32_t ends_q[] = {0, 5, 5, 75}, ends_k[] = {0, 9, 12, 112};
+  const int64_t N = ends_q[3], N_k = ends_k[3];
+  const Buffer q(N * H * D, dtype), k(N_k * H_kv * D, dtype), v(N_k * H_kv * D, dtype);
+  const Buffer o(N * H * D, dtype), lse = floats(H * N);
+  gptfast::cuda::attention_fwd({q, 0, D, H * D}, {k, 0, D, H_kv * D}, {v, 0, D, H_kv * D},
+                               {o, 0, D, H * D}, {lse, 0, N}, ends_q, ends_k, 3, H, H_kv, 70, 100,
+                               D, D, 0.2f, -1, 0, dtype, nullptr);
+  require_finite("attention_varlen", o, N * H * D, dtype);
+}
+
+void run_attention_decode(int64_t T, int64_t D, int64_t parts, bool paged, DType dtype) {
+  const int64_t S = 300, page_size = paged ? 7 : S, max_pages = (S + page_size - 1) / page_size;
+  const int64_t pages = B * max_pages, slot = H_kv * D;
+  const Buffer q(B * H * T * D, dtype), k(pages * page_size * slot, dtype);
+  const Buffer v(pages * page_size * slot, dtype), o(B * H * T * D, dtype);
+  const Buffer part_o = floats(parts * B * H * T * D), part_lse = floats(parts * B * H * T);
+  const Buffer lse = floats(B * H * T), slopes = floats(H), angles = floats(B * T * D / 2);
+  const Buffer new_k(B * H_kv * T * D, dtype), new_v(B * H_kv * T * D, dtype);
+  const int32_t lengths[B] = {300, 41};
+  const auto table = std::make_unique<int32_t[]>(pages);
+  for (int64_t i = 0; i < pages; ++i) table[i] = static_cast<int32_t>(pages - 1 - i);
+  const gptfast::cuda::Heads keys{k, page_size * slot, D, slot},
+      values{v, page_size * slot, D, slot};
+  gptfast::cuda::NewTokens fresh{};
+  if (T > 1)
+    fresh = {heads(new_k, H_kv, T, D),
+             heads(new_v, H_kv, T, D),
+             angles,
+             angles,
+             T * D / 2,
+             static_cast<int>(D / 2),
+             paged};
+  gptfast::cuda::attention_decode_fwd(
+      heads(q, H, T, D), keys, values, fresh, lengths, paged ? table.get() : nullptr, max_pages,
+      page_size, {slopes, 0}, o, lse, part_o, part_lse, parts, B, H, H_kv, T, S, D, D, 0.2f,
+      paged ? 100 : -1, paged ? 5.0f : 0.0f, dtype, nullptr);
+  require_finite("attention_decode", o, B * H * T * D, dtype);
+}
+
 }  // namespace
 
 int main() {
@@ -143,6 +213,18 @@ int main() {
       run_cross_entropy(3, 37, 0.0f, false, dtype);
       run_cross_entropy(2, 4097, 0.1f, true, dtype);
     }
+  }
+  for (const DType dtype : {DType::BF16, DType::F16}) {
+    cuda_on_cpu::seed = 1;
+    run_attention(70, 90, 64, -1, 0, dtype);
+    run_attention(150, 150, 64, 20, 3, dtype);
+    run_attention(20, 70, 88, -1, -1, dtype);
+    run_attention(20, 70, 128, -1, 0, dtype);
+    run_attention(20, 40, 256, -1, 0, dtype);
+    run_attention_varlen(64, dtype);
+    for (const int64_t D : {64, 96, 128, 256}) run_attention_decode(1, D, 1, false, dtype);
+    run_attention_decode(3, 64, 3, true, dtype);
+    run_attention_decode(11, 64, 2, false, dtype);  // two blocks of rows
   }
   std::puts("ran everything");
 }

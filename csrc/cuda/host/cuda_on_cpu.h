@@ -484,5 +484,7 @@ T atomicAdd(T* address, T value) {
 }
 
 inline void __threadfence() {}
+using std::max;
+using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
