@@ -46,7 +46,7 @@ gpu: venv ## on a GPU: every kernel on all cases, and what can be tested nowhere
 	$(BIN)/python -m pytest -m gpu -k offsets tests/test_gpu.py
 
 cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolkit's headers)
-	$(BIN)/python -m pytest tests/test_cuda_host.py
+	$(BIN)/python -m pytest tests/test_cuda_host.py tests/test_cuda_attention.py
 
 cuda-sanitize: venv ## the CUDA kernels under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/test_cuda_sanitize.py

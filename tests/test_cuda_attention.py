@@ -1,4 +1,4 @@
-"""The CUDA attention kernels on the CPU: what only they do; the cases are in `test_cuda_host.py`."""
+"""What only the CUDA attention kernels do, on the CPU; the cases are in `test_cuda_host.py`."""
 
 from __future__ import annotations
 

@@ -114,10 +114,10 @@ void bind_launcher(pybind11::module_& m, const char* name, void (*launcher)(Args
 void register_cuda(pybind11::module_& m) {
 #define BIND(name) gptfast::bind_launcher(m, #name, gptfast::cuda::name)
   BIND(adamw);
-  BIND(bias_gelu_bwd);
-  BIND(bias_gelu_fwd);
   BIND(attention_decode_fwd);
   BIND(attention_fwd);
+  BIND(bias_gelu_bwd);
+  BIND(bias_gelu_fwd);
   BIND(cross_entropy_bwd);
   BIND(cross_entropy_fwd);
   BIND(gelu_bwd);
