@@ -199,6 +199,30 @@ def test_errors_are_those_of_the_original():
     assert messages[0] == messages[1]
 
 
+def test_what_was_measured_to_be_slower_is_left_alone():
+    model = nn.ModuleDict({"erf": nn.GELU(), "tanh": nn.GELU("tanh"), "norm": nn.LayerNorm(16)})
+    report = gptfast.patch(model)
+    assert outputs(report) == {("tanh", "gelu"), ("norm", "layer_norm")}
+    assert reasons(report)["erf"].startswith("slower: 0.56, 0.56")
+    for name, at_least in (("tanh", 16_384), ("norm", 262_144)):
+        calls = {}
+        for elements in (at_least - 16, at_least):
+            with gptfast.testing.record_calls() as recorded:
+                model[name](torch.randn(elements // 16, 16))
+            calls[elements] = len(recorded.calls)
+        assert calls == {at_least - 16: 0, at_least: 1}
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch.compile(model["tanh"], backend=look, fullgraph=True)(torch.randn(20_000))
+    assert "gptfast" not in graphs[0]  # compiled code is PyTorch's own
+    report = gptfast.patch(nn.LayerNorm(16, dtype=torch.float16))
+    assert reasons(report) == {"": "not measured on cpu in float16"}
+
+
 # ---- The registry --------------------------------------------------------------------------------
 
 

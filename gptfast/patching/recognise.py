@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from gptfast.patching.registry import Recipe, Replacement, class_name
 from gptfast.patching.torch_modules import (
+    FastErfGatedMLP,
     FastFunctionalGELU,
     FastFunctionalNorm,
+    FastFunctionalTanhGELU,
     FastFunctions,
     FastGatedMLP,
 )
@@ -129,7 +131,9 @@ def _functional_gelu(module: nn.Module) -> Replacement | str:
     call = _only_call(module, F.gelu)
     if isinstance(call, str):
         return call
-    return FastFunctionalGELU, {"approximate": call.kwargs.get("approximate", "none")}
+    form = call.kwargs.get("approximate", "none")
+    mixin = FastFunctionalTanhGELU if form == "tanh" else FastFunctionalGELU
+    return mixin, {"approximate": form}
 
 
 LEAVES: dict[str, Recipe] = {
@@ -180,7 +184,8 @@ def _gated_mlp(module: nn.Module) -> Replacement | None:
         output = next(n for n in graph.nodes if n.op == "output")
         # Every node has its place in the pattern, and none is used a second time.
         if output.args == (last,) and set(used) == set(graph.nodes) - {output}:
-            return FastGatedMLP, {**parts, "after": after}
+            mixin = FastErfGatedMLP if activation == "gelu" else FastGatedMLP
+            return mixin, {**parts, "after": after}
     return None
 
 

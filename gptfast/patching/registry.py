@@ -42,6 +42,7 @@ class Patched(nn.Module):
     _gptfast_mixin: ClassVar[type[Patched]]
     _gptfast_forced: ClassVar[bool]  # whether the user named the op
     _gptfast_state: dict[str, Any]
+    measured: ClassVar[str] = ""  # under which name `speed.py` has it, if not the op's
 
     if TYPE_CHECKING:  # a mixin finds what its base has
 
@@ -49,11 +50,10 @@ class Patched(nn.Module):
 
     def worth(self, x: torch.Tensor) -> bool:
         """Whether the op is not slower than the original on x, or was asked for by name."""
-        if torch.compiler.is_compiling():
-            return self._gptfast_forced or is_worth(self._gptfast_op, x, compiled=True)
-        if not KERNELS[self._gptfast_op].has_kernel(x):
+        compiled = torch.compiler.is_compiling()
+        if not compiled and not KERNELS[self._gptfast_op].has_kernel(x):
             return False
-        return self._gptfast_forced or is_worth(self._gptfast_op, x, compiled=False)
+        return self._gptfast_forced or is_worth(self.measured or self._gptfast_op, x, compiled)
 
     def fell_back(self, reason: str) -> None:
         """Count a call that the original has to take, in the report of `patch`."""

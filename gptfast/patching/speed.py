@@ -1,9 +1,14 @@
 """Where each op was measured not to slow a model down; `patch` leaves it alone elsewhere.
 
-The measurements are of whole modules, forward and backward, patched against unpatched, in turns:
-`python -m benchmarks.patched --modules` prints them. A call from Python costs the same for a small
-tensor as for a large one, so that an op pays from some size on; inductor fuses pointwise work into
-its neighbours, where an op of ours stands alone.
+On a CPU (two cores of a Xeon with AVX-512 and AMX, torch 2.13.0): whole modules, forward alone and
+with backward, patched against unpatched, in turns, on inputs of 256 to 1,048,576 elements in rows
+of 256, by `python -m benchmarks.patched --modules`; `benchmarks/results/patched_modules.json` has
+the rows. A call from Python costs the same for a small tensor as for a large one, so that an op
+pays from some size on. On a GPU (an H100, bfloat16): kernels alone, `docs/gpu.md`; below the sizes
+that were measured nothing is known.
+
+What is not in the table is left alone. No op is in it for compiled code on a CPU: inductor fuses
+norms, activations and losses into their neighbours, where an op of ours stands alone.
 """
 
 from __future__ import annotations
@@ -26,21 +31,49 @@ class Speed(NamedTuple):
     reason: str
 
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32, BF16 = torch.float32, torch.bfloat16
 
-# (op, device, dtype, compiled)
-SPEED: dict[tuple[str, str, torch.dtype, bool], Speed] = {}
+# (what, device, dtype, compiled). `gelu` is the form with erf, `glu` SwiGLU, and GEGLU in its tanh
+# form, whose peer is slower. The figures are ratios, forward and with backward: above 1, ours is
+# faster.
+SPEED: dict[tuple[str, str, torch.dtype, bool], Speed] = {
+    ("attention", "cpu", FP32, False): Speed(65_536, "1.05, 1.13; below 0.96, 1.02"),
+    ("attention", "cpu", BF16, False): Speed(65_536, "1.07, 2.05; below 0.96, 1.34"),
+    ("layer_norm", "cpu", FP32, False): Speed(262_144, "1.16, 1.01; below 0.82, 0.67"),
+    ("layer_norm", "cpu", BF16, False): Speed(262_144, "1.54, 1.51; below 0.82, 0.86"),
+    ("rms_norm", "cpu", FP32, False): Speed(65_536, "1.14, 2.02; below 0.83, 1.18"),
+    ("rms_norm", "cpu", BF16, False): Speed(65_536, "1.46, 2.54; below 0.91, 1.55"),
+    ("gelu", "cpu", FP32, False): Speed(None, "0.56, 0.56 with 1,048,576 elements"),
+    ("gelu", "cpu", BF16, False): Speed(None, "0.50, 0.63 with 1,048,576 elements"),
+    ("gelu tanh", "cpu", FP32, False): Speed(16_384, "2.27, 1.28; below 1.11, 0.75"),
+    ("gelu tanh", "cpu", BF16, False): Speed(16_384, "2.34, 1.41; below 1.18, 0.77"),
+    ("glu", "cpu", FP32, False): Speed(1_048_576, "1.31, 1.26; below 0.98, 0.95"),
+    ("glu", "cpu", BF16, False): Speed(None, "1.11, 0.93 with 1,048,576 elements"),
+    ("cross_entropy", "cpu", FP32, False): Speed(262_144, "1.11, 1.06; below 0.66, 0.55"),
+    ("cross_entropy", "cpu", BF16, False): Speed(1_048_576, "1.61, 1.50; below 1.12, 0.97"),
+    ("linear_cross_entropy", "cpu", FP32, False): Speed(65_536, "1.14, 1.26; below 0.95, 0.96"),
+    ("linear_cross_entropy", "cpu", BF16, False): Speed(65_536, "1.37, 1.12; below 0.82, 0.71"),
+    ("layer_norm", "cuda", BF16, False): Speed(16384 * 768, "1.85, 2.09 (backward alone)"),
+    ("layer_norm", "cuda", BF16, True): Speed(16384 * 768, "0.99, 1.03 (backward alone)"),
+    ("rms_norm", "cuda", BF16, False): Speed(16384 * 768, "1.21, 2.29 (backward alone)"),
+    ("rms_norm", "cuda", BF16, True): Speed(16384 * 768, "0.99, 1.04 (backward alone)"),
+    ("glu", "cuda", BF16, False): Speed(16384 * 3072, "1.67, 1.79 (backward alone)"),
+    ("cross_entropy", "cuda", BF16, False): Speed(8192 * 32000, "2.68, 2.22 (backward alone)"),
+    ("cross_entropy", "cuda", BF16, True): Speed(8192 * 32000, "1.79, 1.04 (backward alone)"),
+    ("attention", "cuda", BF16, False): Speed(None, "0.61 to 1.0 of cuDNN's"),
+    ("gelu tanh", "cuda", BF16, False): Speed(None, "1.00, 0.97 (backward alone)"),
+}
 
 
-def is_worth(op: str, x: torch.Tensor, compiled: bool) -> bool:
-    """Whether `op` is not slower than PyTorch on x, in compiled code or outside of it."""
-    speed = SPEED.get((op, x.device.type, x.dtype, compiled))
+def is_worth(what: str, x: torch.Tensor, compiled: bool) -> bool:
+    """Whether `what` is not slower than PyTorch on x, in compiled code or outside of it."""
+    speed = SPEED.get((what, x.device.type, x.dtype, compiled))
     return speed is not None and speed.at_least is not None and x.numel() >= speed.at_least
 
 
-def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `op` is not worth it on this device and dtype at any size; None where it is."""
-    measured = [SPEED.get((op, device, dtype, compiled)) for compiled in (False, True)]
+def why_not(what: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `what` is not worth it on this device and dtype at any size; None where it is."""
+    measured = [SPEED.get((what, device, dtype, compiled)) for compiled in (False, True)]
     known = [speed for speed in measured if speed is not None]
     if not known:
         return f"not measured on {device} in {str(dtype).removeprefix('torch.')}"

@@ -127,8 +127,10 @@ def _look_at(
         replacement = recipes[op](module)
         if replacement is None:
             continue
-        reason = _why_not_swap(module, registered) or _why_not_op(op, module, forced, kind)
-        replacement = reason or replacement
+        if not isinstance(replacement, str):
+            mixin = replacement[0] if isinstance(replacement, tuple) else replacement
+            replacement = _why_not_op(op, mixin, module, forced, kind) or replacement
+        replacement = _why_not_swap(module, registered) or replacement
         if not isinstance(replacement, str):
             return Entry(name, cls.__name__, op), replacement
         refused = refused or Entry(name, cls.__name__, op, replacement)
@@ -152,14 +154,18 @@ def _why_not_swap(module: nn.Module, registered: type[nn.Module] | None) -> str 
 
 
 def _why_not_op(
-    op: str, module: nn.Module, forced: bool, kind: tuple[torch.device, torch.dtype]
+    op: str,
+    mixin: type[Patched],
+    module: nn.Module,
+    forced: bool,
+    kind: tuple[torch.device, torch.dtype],
 ) -> str | None:
     """Why `op` has nothing to offer for a module of a model of this kind."""
     own = next((p for p in module.parameters() if p.is_floating_point()), None)
     device, dtype = kind if own is None else (own.device, own.dtype)
     if not KERNELS[op].has_kernel(torch.empty(0, device=device, dtype=dtype)):
         return f"no kernel on {device.type} in {dtype_name(dtype)}"
-    return None if forced else why_not(op, device.type, dtype)
+    return None if forced else why_not(mixin.measured or op, device.type, dtype)
 
 
 def _swap(module: nn.Module, replacement: Replacement, op: str, forced: bool) -> None:

@@ -106,9 +106,15 @@ class FastGELU(Patched):
         return gelu(input, self.approximate)
 
 
+class FastTanhGELU(FastGELU):
+    """`nn.GELU("tanh")`."""
+
+    measured = "gelu tanh"
+
+
 @register(nn.GELU, op="gelu")
 def _gelu(module: nn.GELU) -> type[Patched]:
-    return FastGELU
+    return FastTanhGELU if module.approximate == "tanh" else FastGELU
 
 
 class FastFunctionalGELU(Patched):
@@ -120,6 +126,12 @@ class FastFunctionalGELU(Patched):
         if not self.worth(x):
             return super().forward(*args, **kwargs)
         return gelu(x, self._gptfast_state["approximate"])
+
+
+class FastFunctionalTanhGELU(FastFunctionalGELU):
+    """A module that is one call of `F.gelu` in its tanh form."""
+
+    measured = "gelu tanh"
 
 
 class FastFeedForward(Patched):
@@ -178,6 +190,12 @@ class FastGatedMLP(Patched):
         for name in parts["after"]:
             y = self.get_submodule(name)(y)
         return y
+
+
+class FastErfGatedMLP(FastGatedMLP):
+    """GEGLU with erf."""
+
+    measured = "geglu with erf"
 
 
 # ---- Attention -----------------------------------------------------------------------------------

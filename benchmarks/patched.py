@@ -1,0 +1,424 @@
+"""Models of others, patched and not: forward, a training step and generation, eager and compiled.
+
+    python -m benchmarks.patched --json FILE             # every family; or --only NAME
+    python -m benchmarks.patched --show FILE             # the rows of FILE as a table in Markdown
+    python -m benchmarks.patched --modules --json FILE   # what gptfast/patching/speed.py rests on
+
+Contenders have the same weights and take turns. Before anything is timed, logits, loss and
+gradients of the patched model are held against the unpatched one's, both against fp64: no figure is
+given for a model that computes something else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+import gptfast
+from benchmarks.plain_models import PLAIN, Sizes
+from benchmarks.timing import Timing, interleave
+from gptfast.patching import OPS, Report
+from gptfast.testing import assert_close_in_norm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model, small, with random weights, in fp32 on the CPU.
+
+    Args:
+        make: the model; the same weights at every call.
+        batch: what `loss` takes.
+        logits, loss: of a model, or of a compiled one, for a batch.
+        generate: as many new tokens as the family is timed with, greedily, or None.
+        patch: patches a model; by default `gptfast.patch` alone.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[], Any]
+    logits: Callable[[Any, Any], torch.Tensor]
+    loss: Callable[[Any, Any], torch.Tensor]
+    generate: Callable[[Any, Any], torch.Tensor] | None
+    patch: Callable[[nn.Module], Report] = gptfast.patch
+
+
+SIZES = Sizes(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=256)
+BATCH_SIZE = 8
+NEW_TOKENS = 16
+
+
+def plain_family(kind: Callable[[Sizes], nn.Module]) -> Family:
+    """A family of `benchmarks/plain_models.py`."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return kind(SIZES)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        shape = (BATCH_SIZE, SIZES.block_size + 1)
+        idx = torch.randint(SIZES.vocab_size, shape, generator=generator)
+        return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+    def generate(model: Any, batch: Any) -> torch.Tensor:
+        idx = batch[0][:1, :32]
+        for _ in range(NEW_TOKENS):  # without a cache, as the shortest scripts do it
+            idx = torch.cat((idx, model(idx)[0][:, -1:].argmax(-1)), dim=1)
+        return idx
+
+    return Family(
+        make,
+        batch,
+        logits=lambda model, batch: model(batch[0])[0],
+        loss=lambda model, batch: model(*batch)[1],
+        generate=generate,
+    )
+
+
+FAMILIES: dict[str, Family] = {name: plain_family(kind) for name, kind in PLAIN.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: seconds of the unpatched and of the patched model."""
+
+    family: str
+    work: str
+    dtype: str
+    compiled: bool
+    threads: int
+    replaced: int
+    unpatched: float
+    patched: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the patched model is."""
+        return self.unpatched / self.patched
+
+
+def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
+    """Raise unless both models compute the same, within three times the unpatched one's error."""
+    batch = family.batch()
+    results = []
+    for m in (patched, model, copy.deepcopy(model).double()):
+        loss = family.loss(m, batch)
+        parameters = [p for p in m.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            logits = family.logits(m, batch)
+        results.append([logits, loss, *(g for g in gradients if g is not None)])
+    names = ["logits", "loss", *(f"gradient {i}" for i in range(len(results[0])))]
+    for name, *values in zip(names, *results, strict=False):
+        assert_close_in_norm(name, *values)
+
+
+def training_step(family: Family, model: nn.Module, forward: Any) -> Callable[[], object]:
+    """Forward, backward and AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = family.batch()
+
+    def step() -> None:
+        family.loss(forward, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def without_grad(call: Callable[..., object], *args: Any) -> Callable[[], object]:
+    """`call(*args)` as it is used in inference."""
+
+    def run() -> None:
+        with torch.no_grad():
+            call(*args)
+
+    return run
+
+
+def works(family: Family, model: nn.Module, compiled: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name. Each has a model of its own, in its own mode."""
+    batch = family.batch()
+    calls: dict[str, Callable[[], object]] = {}
+    for work in ("forward", "training step", "generation"):
+        own = copy.deepcopy(model).train(work == "training step")
+        dynamic = True if work == "generation" else None
+        forward = torch.compile(own, dynamic=dynamic) if compiled else own
+        if work == "forward":
+            calls[work] = without_grad(family.logits, forward, batch)
+        elif work == "training step":
+            calls[work] = training_step(family, own, forward)
+        elif family.generate is not None:
+            calls[work] = without_grad(family.generate, forward, batch)
+    return calls
+
+
+def run_family(
+    name: str, dtype: str, compiled: bool, rounds: int, seconds: float, console: Console
+) -> list[Row]:
+    """Time one family, patched and not."""
+    family = FAMILIES[name]
+    model = family.make().to(DTYPES[dtype])
+    patched = copy.deepcopy(model)
+    report = family.patch(patched)
+    check(family, model, patched)
+    contenders = {m: works(family, {"un": model, "": patched}[m], compiled) for m in ("un", "")}
+    rows = []
+    with Progress(console=console, transient=True) as bar:
+        for work in contenders["un"]:
+            task = bar.add_task(f"{name}, {work}", total=2 * rounds)
+            times = interleave(
+                {f"{m}patched": calls[work] for m, calls in contenders.items()},
+                rounds=rounds,
+                warmup=3,
+                seconds_per_turn=seconds,
+                on_turn=lambda task=task: bar.advance(task),  # type: ignore[misc]
+            )
+            threads = torch.get_num_threads()
+            figures = (times["unpatched"].median, times["patched"].median)
+            rows.append(Row(name, work, dtype, compiled, threads, len(report.replaced), *figures))
+    return rows
+
+
+# ---- Single modules ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """A module of one op on an input of so many elements: seconds, patched and not."""
+
+    op: str
+    work: str
+    dtype: str
+    compiled: bool
+    elements: int
+    unpatched: float
+    patched: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the patched module is."""
+        return self.unpatched / self.patched
+
+
+class Attention(nn.Module):
+    """Self-attention of `nn.MultiheadAttention`, causal, heads of 64."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(C, C // 64, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        T = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(T, x.device, x.dtype)
+        return self.attn(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+
+class Gated(nn.Module):
+    """A SwiGLU MLP without its products, which are the same either way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Loss(nn.Module):
+    """`nn.CrossEntropyLoss` for the class 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loss(x, torch.ones(x.shape[0], dtype=torch.int64))
+
+
+class Head(nn.Module):
+    """`nn.LinearCrossEntropyLoss` with 8192 classes, for the class 1."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.loss = nn.LinearCrossEntropyLoss(C, 8192)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loss(x, torch.ones(x.shape[0], dtype=torch.int64))
+
+
+# By op: the module for rows of C columns, and the shape of its input with M rows.
+MODULES: dict[str, tuple[Callable[[int], nn.Module], Callable[[int, int], tuple[int, ...]]]] = {
+    "layer_norm": (nn.LayerNorm, lambda M, C: (M, C)),
+    "rms_norm": (nn.RMSNorm, lambda M, C: (M, C)),
+    "gelu": (lambda C: nn.GELU(), lambda M, C: (M, C)),
+    "gelu tanh": (lambda C: nn.GELU("tanh"), lambda M, C: (M, C)),
+    "glu": (lambda C: Gated(), lambda M, C: (M, C)),
+    "attention": (Attention, lambda M, C: (max(M // 128, 1), min(M, 128), C)),
+    "cross_entropy": (lambda C: Loss(), lambda M, C: (M, C)),
+    "linear_cross_entropy": (Head, lambda M, C: (M, C)),
+}
+COLUMNS = 256
+ROWS = (1, 16, 64, 256, 1024, 4096)
+
+
+def run_module(op: str, dtype: str, compiled: bool, rounds: int, seconds: float) -> list[ModuleRow]:
+    """Time one op's module, forward alone and with backward, from one row to thousands."""
+    make, shape = MODULES[op]
+    rows = []
+    for M in ROWS:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        unpatched = make(COLUMNS).to(DTYPES[dtype])
+        patched = copy.deepcopy(unpatched)
+        gptfast.patch(patched, ops=list(OPS))
+        x = torch.randn(shape(M, COLUMNS)).to(DTYPES[dtype])
+        calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "with backward": {}}
+        for name, module in (("unpatched", unpatched), ("patched", patched)):
+            forward = torch.compile(module) if compiled else module
+            calls["forward"][name] = without_grad(forward, x)
+            calls["with backward"][name] = forward_backward(forward, x)
+        for work, contenders in calls.items():
+            times: dict[str, Timing] = interleave(
+                contenders, rounds=rounds, warmup=3, seconds_per_turn=seconds
+            )
+            figures = (times["unpatched"].median, times["patched"].median)
+            rows.append(ModuleRow(op, work, dtype, compiled, x.numel(), *figures))
+    return rows
+
+
+def forward_backward(forward: Any, x: torch.Tensor) -> Callable[[], object]:
+    """Forward, and the gradients of everything."""
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        dy = torch.randn_like(forward(x))
+
+    def run() -> None:
+        forward(leaf).backward(dy)
+
+    return run
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows of a file: a line for each family and work, eager beside compiled."""
+    lines: dict[tuple[str, ...], dict[bool, Row]] = {}
+    for given in rows:
+        row = Row(**given)
+        lines.setdefault((row.family, row.dtype, row.work), {})[row.compiled] = row
+    table = [
+        "| family | dtype | work | modules | eager, ms | patched, ms | ratio "
+        "| compiled, ms | patched, ms | ratio |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (family, dtype, work), by_mode in lines.items():
+        cells = [family, dtype, work, str(next(iter(by_mode.values())).replaced)]
+        for mode in (False, True):
+            if mode in by_mode:
+                row = by_mode[mode]
+                ratio = f"{row.ratio:.2f}"
+                ratio = f"**{ratio}**" if row.ratio < 1 else ratio
+                cells += [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
+            else:
+                cells += ["", "", ""]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def markdown_of_modules(rows: list[dict[str, Any]]) -> str:
+    """The ratios of a file of modules: a line for each op and work, a column for each size."""
+    lines: dict[tuple[str, ...], dict[int, float]] = {}
+    for given in rows:
+        row = ModuleRow(**given)
+        mode = "compiled" if row.compiled else "eager"
+        lines.setdefault((row.op, row.dtype, mode, row.work), {})[row.elements] = row.ratio
+    sizes = sorted({size for line in lines.values() for size in line})
+    head = " | ".join(f"{size:,}" for size in sizes)
+    table = [
+        f"| op | dtype | mode | work | {head} |",
+        "|---|---|---|---" + "|--:" * len(sizes) + "|",
+    ]
+    for key, line in lines.items():
+        ratios = (f"{line[size]:.2f}" if size in line else "" for size in sizes)
+        table.append(f"| {' | '.join((*key, *ratios))} |")
+    return "\n".join(table)
+
+
+def write(file: Path, rows: list[Any]) -> None:
+    """Put rows into a JSON file, in place of those of the same work that are there."""
+    fresh = [asdict(row) for row in rows]
+    figures = ("unpatched", "patched", "replaced", "threads")
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(value for name, value in row.items() if name not in figures)
+
+    kept = json.loads(file.read_text()) if file.exists() else []
+    replaced = {key(row) for row in fresh}
+    kept = [row for row in kept if key(row) not in replaced]
+    lines = ",\n".join(json.dumps(row) for row in [*kept, *fresh])
+    file.write_text(f"[\n{lines}\n]\n")
+
+
+def main(
+    only: Annotated[
+        str | None, tyro.conf.arg(help="Only families (or ops) with this in their names.")
+    ] = None,
+    dtype: Annotated[
+        str, tyro.conf.arg(help="float32 or bfloat16, of the weights too.")
+    ] = "float32",
+    compile: Annotated[
+        str, tyro.conf.arg(help="no, yes, or both: whether torch.compile is timed.")
+    ] = "both",
+    modules: Annotated[
+        bool, tyro.conf.arg(help="Single modules of each op instead of whole models.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, tyro.conf.arg(name="json", help="Also put the rows into this file.")
+    ] = None,
+    show: Annotated[
+        Path | None, tyro.conf.arg(help="Print the rows of a file in Markdown, and time nothing.")
+    ] = None,
+    rounds: Annotated[int, tyro.conf.arg(help="Turns each contender gets.")] = 9,
+    seconds: Annotated[float, tyro.conf.arg(help="How long a turn is.")] = 0.2,
+) -> None:
+    """Time models of others with and without `gptfast.patch`."""
+    console = Console()
+    to_markdown = markdown_of_modules if modules else markdown
+    if show is not None:
+        print(to_markdown(json.loads(show.read_text())))
+        return
+    if dtype not in DTYPES:
+        raise SystemExit(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    modes = {"no": (False,), "yes": (True,), "both": (False, True)}.get(compile)
+    if modes is None:
+        raise SystemExit(f"--compile must be no, yes or both, got {compile!r}")
+    known = [name for name in (MODULES if modules else FAMILIES) if only is None or only in name]
+    if not known:
+        raise SystemExit(f"--only: nothing has {only!r} in its name")
+    rows: list[Any] = []
+    for name in known:
+        for compiled in modes:
+            if modules:
+                rows += run_module(name, dtype, compiled, rounds, seconds)
+            else:
+                rows += run_family(name, dtype, compiled, rounds, seconds, console)
+    print(to_markdown([asdict(row) for row in rows]))
+    if json_file is not None:
+        write(json_file, rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

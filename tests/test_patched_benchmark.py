@@ -1,0 +1,54 @@
+"""`benchmarks/patched.py`: it times what it has checked, and its tables say what its rows say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks import patched
+from benchmarks.plain_models import PLAIN, Sizes
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(patched, "SIZES", Sizes(vocab_size=67, n_layer=1, n_embd=32, block_size=48))
+    family = patched.plain_family(PLAIN["script GPT"])
+    monkeypatch.setitem(patched.FAMILIES, "small", family)
+    return family
+
+
+def test_rows_and_their_table(small, tmp_path):
+    rows = patched.run_family("small", "float32", False, 1, 0.0, Console(quiet=True))
+    assert [row.work for row in rows] == ["forward", "training step", "generation"]
+    file = tmp_path / "rows.json"
+    patched.write(file, rows)
+    patched.write(file, [replace(rows[0], unpatched=0.03, patched=0.02)])
+    kept = json.loads(file.read_text())
+    assert len(kept) == 3
+    table = patched.markdown(kept)
+    assert "| small | float32 | forward | 6 | 30.0 | 20.0 | 1.50 |" in table
+    slow = patched.markdown([asdict(replace(rows[0], unpatched=0.01, patched=0.02))])
+    assert "**0.50**" in slow
+
+
+def test_a_model_that_computes_something_else_is_not_timed(small):
+    model = small.make()
+    other = small.make()
+    with torch.no_grad():
+        other.lm_head.weight += 0.01
+    with pytest.raises(AssertionError, match="logits: error"):
+        patched.check(small, model, other)
+
+
+def test_modules():
+    rows = patched.run_module("gelu tanh", "float32", False, 1, 0.0)
+    assert {row.elements for row in rows} == {256 * M for M in patched.ROWS}
+    assert "| gelu tanh | float32 | eager | forward |" in patched.markdown_of_modules(
+        [asdict(row) for row in rows]
+    )
+    assert isinstance(patched.MODULES["layer_norm"][0](8), nn.LayerNorm)
