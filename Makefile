@@ -67,6 +67,10 @@ ceiling: venv ## what this CPU can do at best: bandwidth and arithmetic
 static: venv ## registers, spills, bytes and matrix instructions of every Triton kernel, with no GPU
 	$(BIN)/python -m benchmarks.static_report --write
 
+cuda-report: venv ## registers, spills, access widths and bytes of the CUDA kernels (needs nvcc)
+	$(BIN)/python -m benchmarks.cuda_report --write
+	$(BIN)/python -m benchmarks.cuda_traffic
+
 launches: venv ## kernel launches in a training step of GPT-2, ours and PyTorch's, with no GPU
 	$(BIN)/python -m benchmarks.launches
 
@@ -86,4 +90,4 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: help venv demo test test-slow gpu cuda-host cuda-sanitize bench bench-gpu bench-cpu ceiling \
-	static launches lint format clean
+	static cuda-report launches lint format clean

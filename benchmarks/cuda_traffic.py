@@ -1,0 +1,94 @@
+"""Bytes that the CUDA kernels move over the least possible: `python -m benchmarks.cuda_traffic`.
+
+Counted with no GPU, by executing the kernels on the host runner; csrc/cuda/host/traffic.cpp says
+how. The least is what a call is given and returns, each byte once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import torch
+import tyro
+
+import gptfast
+from benchmarks.static_report.calls import Call, registered_calls, reports_of
+from gptfast import backend
+from gptfast.backend import dtype_name
+from gptfast.testing import DTYPES, cuda_host
+
+# Of the ops with CUDA kernels, those that do little but read and write.
+OPS = (
+    *("adamw", "add_layer_norm", "add_rms_norm", "bias_gelu", "cross_entropy", "gelu", "glu"),
+    *("layer_norm", "rms_norm"),
+)
+Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+class Traffic(NamedTuple):
+    """Bytes of one call."""
+
+    read: int
+    written: int
+    least: int
+
+    @property
+    def ratio(self) -> float:
+        """Moved over least."""
+        return (self.read + self.written) / self.least
+
+
+def count(call: Call) -> Traffic:
+    """Execute a call on the `cuda` backend, and count."""
+    module = cuda_host.load(counts=True)
+    launch = backend.launch_cuda_on
+    module.take()
+
+    def watch(*tensors: Any) -> None:
+        for x in tensors:
+            if isinstance(x, torch.Tensor):  # all of the memory in which a view lies
+                storage = x.untyped_storage()
+                module.watch(storage.data_ptr(), storage.nbytes())
+
+    def watched(place: torch.device, kernel: str, *args: Any) -> None:
+        watch(*args)
+        launch(place, kernel, *args)
+
+    watch(*call.reads, *call.writes)
+    with (
+        backend.cuda_on_cpu(module),
+        gptfast.use_backend("cuda"),
+        mock.patch.object(backend, "launch_cuda_on", watched),
+        torch.no_grad(),
+    ):
+        call.op(*call.args)
+    read, written = module.take()
+    return Traffic(read, written, least=sum(map(_bytes, (*call.reads, *call.writes))))
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def main(
+    op: Annotated[Names, tyro.conf.arg(help="Only this op; may repeat.")] = (),
+    dtype: Annotated[Names, tyro.conf.arg(help="Only this dtype; may repeat.")] = (),
+) -> None:
+    """Print the bytes of every case that the ops' `reports` name."""
+    for name in op or OPS:
+        for case in reports_of(name):
+            for d in DTYPES:
+                if dtype and dtype_name(d) not in dtype:
+                    continue
+                for call in registered_calls(case, d):
+                    traffic = count(call)
+                    print(
+                        f"{case} {dtype_name(d)} {call.name}: read {traffic.read}, written "
+                        f"{traffic.written}, least {traffic.least}: {traffic.ratio:.3f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,115 @@
+"""`benchmarks/cuda_report.json` is what nvcc makes of the kernels; and how many bytes they move."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+import torch
+
+from benchmarks import cuda_report, cuda_traffic
+from benchmarks.static_report.calls import registered_calls, reports_of
+from gptfast.testing import cuda_host
+
+TABLE = cuda_report.Table.read()
+ROWS = list(TABLE.rows.values())
+TARGETS = [f"sm_{arch}" for arch in cuda_report.from_setup("CUDA_ARCHS")]
+STREAMING = {"adamw", "cross_entropy", "gelu", "glu", "layer_norm"}  # files: memory-bound kernels
+# Second stages, a column a thread; they read and write a hundredth of the first ones.
+COLUMNWISE = ("column_sums_kernel", "layer_norm_bwd_sums_kernel")
+ONLY_SCALARS = ("cross_entropy_fwd_kernel", "adamw_prepare_kernel")  # is all that these write
+
+
+@pytest.mark.parametrize("file", sorted({row.file for row in ROWS}))
+def test_every_kernel_is_there_for_every_target(file):
+    """Stale after a new kernel: `make cuda-report` writes it, and files that are not there yet."""
+    source = cuda_report.SOURCES / f"{file}.cu"
+    for target in TARGETS:
+        kernels = re.findall(r"__global__.*?(\w+_kernel)\(", source.read_text(), re.S)
+        reported = {
+            re.match(r"\w+", r.kernel)[0] for r in ROWS if (r.file, r.target) == (file, target)
+        }
+        assert set(kernels) <= reported, target
+
+
+# What nobody has mended yet: bytes that are spilled, and kernels whose store of a whole pack the
+# compiler takes apart, as another branch stores the same elements one by one.
+KNOWN_SPILLS = {
+    ("adamw", "adamw_prepare_kernel", "sm_100"): 8,
+    ("cross_entropy", "cross_entropy_bwd_kernel<float>", "sm_100"): 4,
+}
+NARROW_STORES = ("bias_gelu_", "glu_", "cross_entropy_bwd_kernel")
+
+
+def test_no_spills_and_wide_accesses():
+    assert {row.key: row.spills for row in ROWS if row.spills or row.stack} == KNOWN_SPILLS
+    for row in ROWS:
+        single = ", 1," in row.kernel  # elements at a time: of rows that are not aligned
+        if row.file in STREAMING and not single and not row.kernel.startswith(COLUMNWISE):
+            assert row.load_bits == 128, row.key
+            narrow = row.kernel.startswith((*ONLY_SCALARS, *NARROW_STORES))
+            assert row.store_bits == 128 or narrow, row.key
+
+
+def test_a_worse_entry_is_noticed():
+    row = next(row for row in ROWS if not row.spills)
+    assert cuda_report.worse(row, row) == []
+    for name, value in (("regs", row.regs + 8), ("spills", 4), ("stack", 8), ("load_bits", 0)):
+        (found,) = cuda_report.worse(row, dataclasses.replace(row, **{name: value}))
+        assert found.startswith(name)
+
+
+def assert_not_worse(file, arch):
+    if shutil.which("nvcc") is None or cuda_report.nvcc_release() != TABLE.nvcc:
+        pytest.skip(f"the table is of nvcc {TABLE.nvcc}")
+    for row in cuda_report.compile_file(cuda_report.SOURCES / f"{file}.cu", arch):
+        assert row.key in TABLE.rows, "not in the table: make cuda-report"
+        assert cuda_report.worse(TABLE.rows[row.key], row) == [], row.key
+
+
+def test_a_file_compiled_again_is_not_worse():
+    assert_not_worse("adamw", "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("file", sorted({row.file for row in ROWS}))
+def test_everything_compiled_again_is_not_worse(file, target):
+    assert_not_worse(file, target.removeprefix("sm_"))
+
+
+# ---- Bytes ---------------------------------------------------------------------------------------
+
+needs_runner = pytest.mark.skipif(
+    cuda_host.missing() is not None, reason=f"CUDA on the CPU: {cuda_host.missing()}"
+)
+
+
+def assert_few_bytes(op, dtype):
+    for case in reports_of(op):
+        for call in registered_calls(case, dtype):
+            limit = 1.15 if call.name.endswith("_bwd") else 1.05
+            limit = KNOWN_TRAFFIC.get((call.name, "x".join(map(str, case.shape))), limit)
+            ratio = cuda_traffic.count(call).ratio
+            assert 0.99 < ratio <= limit, (str(case), call.name, ratio)
+
+
+NORMS = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
+# The call and the shape of what moves more, and how much; benchmarks/cuda_traffic.py prints it.
+# Clipping reads the gradients before anything can be updated. Rows of 17003 columns are not
+# aligned, and backward has no room in shared memory for them and their sums: it reads them again.
+KNOWN_TRAFFIC: dict[tuple[str, str], float] = {
+    ("adamw_fwd", "768x3072"): 1.11,
+    **{(f"{op}_fwd", "128x17003"): 1.12 for op in NORMS},
+    **{(f"{op}_bwd", "128x17003"): 3.0 for op in NORMS},
+}
+
+
+@needs_runner
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", cuda_traffic.OPS)
+def test_few_bytes(op, dtype):
+    assert_few_bytes(op, dtype)
