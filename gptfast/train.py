@@ -129,7 +129,7 @@ def _train(config: TrainConfig, ranks: Ranks, quiet: bool) -> TrainResult:
     backend = use_backend(config.backend) if config.backend != "auto" else contextlib.nullcontext()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), backend:
         trainer = Trainer(config, folder, device, ranks)
-        with Reporter(config, quiet) as report, _tracked(config, folder, ranks):
+        with Reporter(config, quiet) as report, _tracked(config, folder, ranks), trainer:
             introduce(trainer, report)
             interrupted = trainer.run(report)
             if interrupted is None:
@@ -222,6 +222,13 @@ class Trainer:
         if config.compile:
             self.forward = torch.compile(self.forward)
 
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.loader is not None:
+            self.loader.close()
+
     def _make_loader(self) -> Loader:
         config, ranks = self.config, self.ranks
         return Loader(
@@ -296,8 +303,6 @@ class Trainer:
         if self.folder.last_step < self.step:
             self.folder.log(self.row)
         report.row(self.row)
-        if self.loader is not None:
-            self.loader.close()
 
     def _update(self) -> torch.Tensor:
         """One step of the optimizers; returns the mean loss of this process's tokens."""

@@ -231,7 +231,7 @@ class TrainConfig:
             return low
         start = self.warmup_iters
         if self.schedule == "wsd":
-            start = max(start, end - round(self.decay_fraction * end))
+            start = max(start, end - max(1, round(self.decay_fraction * end)))
         progress = max(0.0, (step - start) / (end - start))
         if self.schedule == "cosine":
             return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2

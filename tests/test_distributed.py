@@ -169,14 +169,15 @@ def start_two(config):
     ]
 
 
+# A kill is noticed at once; the other limit leaves room for a slow start on a busy machine.
 @pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
+    ("number", "timeout"),
+    [(signal.SIGKILL, 600.0), pytest.param(signal.SIGSTOP, 15.0, marks=pytest.mark.slow)],
     ids=["killed", "hangs"],
 )
-def test_a_lost_process_stops_the_others(tmp_path, number):
+def test_a_lost_process_stops_the_others(tmp_path, number, timeout):
     config = dataclasses.replace(
-        tiny(tmp_path), max_iters=100_000, checkpoint_interval=10, rank_timeout=5.0
+        tiny(tmp_path), max_iters=100_000, checkpoint_interval=10, rank_timeout=timeout
     )
     first, second = start_two(config)
     try:
@@ -186,7 +187,7 @@ def test_a_lost_process_stops_the_others(tmp_path, number):
             assert time.monotonic() < until
             time.sleep(0.01)
         second.send_signal(number)
-        out, err = first.communicate(timeout=60)
+        out, err = first.communicate(timeout=90)
     finally:
         for process in (first, second):
             process.kill()

@@ -62,6 +62,8 @@ def test_schedules(options, expected):
     assert [warm.lr(s) for s in (0, 8)] == pytest.approx([0.1, 0.9])
     assert warm.lr(9) == pytest.approx(1.0)
     assert all(0 <= warm.lr(s) <= 1 for s in range(120))
+    for n, s in itertools.product((0, 1, 2), (0, 1, 2)):
+        assert 0 <= change(warm, max_iters=2, warmup_iters=n).lr(s) <= 1
 
 
 def test_wsd_falls_in_a_line():

@@ -110,7 +110,10 @@ def prepare(
     units += [dataclasses.replace(unit, split="val") for unit in val_units]
     size = sum(unit.size for unit in units)
     if workers is None:
-        workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_PER_WORKER))
+        # Cores that this process may use; where the system does not say, all.
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        workers = max(1, min(cores, size // BYTES_PER_WORKER))
 
     source = {
         "files": [[str(path), path.stat().st_size] for path in files],
