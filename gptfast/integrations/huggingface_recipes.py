@@ -1,0 +1,329 @@
+"""What `gptfast.patch` replaces in transformers' models: which classes, by which mixin.
+
+Classes are named, not imported: a model that is there has imported its own. Left as they are:
+rotary embeddings, which every model applies in the midst of its attention's forward through a
+function of its file; ReLU; and heads for other tasks than the next token.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gptfast.nn.hooks import has_hooks
+from gptfast.ops import gelu, linear_cross_entropy, rms_norm
+from gptfast.patching.recognise import ACTIVATIONS
+from gptfast.patching.registry import Patched, register
+
+
+def _classes(name: str, *families: str) -> list[str]:
+    """transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm, from RMSNorm and gemma2:Gemma2."""
+    pairs = (family.split(":") for family in families)
+    return [f"transformers.models.{m}.modeling_{m}.{prefix}{name}" for m, prefix in pairs]
+
+
+LLAMA_LIKE = (
+    "llama:Llama",
+    "mistral:Mistral",
+    "qwen2:Qwen2",
+    "qwen3:Qwen3",
+)
+GEMMA = ("gemma:Gemma", "gemma2:Gemma2", "gemma3:Gemma3")
+
+
+# ---- Norms ---------------------------------------------------------------------------------------
+
+
+class FastRMSNorm(Patched):
+    """y = x / rms(x) weight."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        if hidden_states.dtype != self.weight.dtype:
+            self.fell_back("input and weight differ in dtype: the original's result has the wider")
+        elif self.worth(hidden_states):
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class FastGemmaRMSNorm(Patched):
+    """y = x / rms(x) (1 + weight), the sum in fp32."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        if self.worth(x):
+            return rms_norm(x, 1.0 + self.weight.float(), self.eps)
+        return super().forward(x)
+
+
+@register(*_classes("RMSNorm", *LLAMA_LIKE, "phi3:Phi3"), op="rms_norm")
+def _rms_norm(module: Any) -> type[Patched] | str:
+    return FastRMSNorm
+
+
+@register(*_classes("RMSNorm", *GEMMA), op="rms_norm")
+def _gemma_rms_norm(module: Any) -> type[Patched] | str:
+    return FastGemmaRMSNorm
+
+
+# ---- Activations ---------------------------------------------------------------------------------
+
+
+class FastTanhGELU(Patched):
+    """y = x Phi(x), Phi in its tanh form."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Elementwise."""
+        return gelu(input, "tanh") if self.worth(input) else super().forward(input)
+
+
+class FastExactGELU(Patched):
+    """y = x Phi(x), Phi with erf."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Elementwise."""
+        return gelu(input, "none") if self.worth(input) else super().forward(input)
+
+
+@register(
+    "transformers.activations.NewGELUActivation",
+    "transformers.activations.FastGELUActivation",
+    "transformers.activations.GELUTanh",
+    op="gelu",
+)
+def _tanh_gelu(module: Any) -> type[Patched] | str:
+    return FastTanhGELU
+
+
+@register("transformers.activations.GELUActivation", op="gelu")
+def _exact_gelu(module: Any) -> type[Patched] | str:
+    return FastExactGELU
+
+
+# ---- Gated MLPs ----------------------------------------------------------------------------------
+
+# Whoever wrote the MLP, `gptfast.patching.recognise` knows it by its forward and its activation.
+ACTIVATIONS |= {
+    "transformers.activations.SiLUActivation": lambda module: "silu",
+    "transformers.activations.GELUActivation": lambda module: "gelu",
+    "transformers.activations.GELUTanh": lambda module: "gelu_tanh",
+    "transformers.activations.NewGELUActivation": lambda module: "gelu_tanh",
+    "transformers.activations.FastGELUActivation": lambda module: "gelu_tanh",
+}
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+
+class FastAttention(Patched):
+    """The module's own forward, with `attn_implementation="gptfast"` in its config.
+
+    The config is the whole model's, and so is the choice: the first module that is patched makes
+    it, and takes it back.
+    """
+
+    config: Any
+
+    def on_patch(self) -> None:
+        """Choose our attention, where nobody has yet."""
+        from gptfast.integrations.huggingface_attention import NAME, register
+
+        register()
+        before = self.config._attn_implementation
+        if before != NAME:
+            self._gptfast_before = before
+            self.config._attn_implementation = NAME
+
+    def on_unpatch(self) -> None:
+        """Choose what was chosen before."""
+        before = self.__dict__.pop("_gptfast_before", None)
+        if before is not None:
+            self.config._attn_implementation = before
+
+
+@register(
+    *_classes("Attention", *LLAMA_LIKE, "gemma:Gemma", "gemma3:Gemma3", "phi:Phi", "phi3:Phi3"),
+    *_classes("Attention", "gpt2:GPT2", "gpt_neox:GPTNeoX", "opt:OPT", "vit:ViT"),
+    *_classes("SelfAttention", "bert:Bert"),
+    *_classes("CrossAttention", "bert:Bert"),
+    op="attention",
+)
+def _attention(module: Any) -> type[Patched] | str:
+    chosen = module.config._attn_implementation
+    if chosen == "eager":
+        return 'its attn_implementation is "eager", which can return the attention weights'
+    return _unless(chosen not in ("sdpa", "gptfast"), chosen)
+
+
+@register(*_classes("Attention", "gemma2:Gemma2"), op="attention")
+def _softcapped_attention(module: Any) -> type[Patched] | str:
+    # Its default is "eager", since transformers' "sdpa" has no softcap.
+    chosen = module.config._attn_implementation
+    if getattr(module.config, "output_attentions", False):
+        return "its config asks for the attention weights"
+    return _unless(chosen not in ("eager", "gptfast"), chosen)
+
+
+def _unless(other: bool, chosen: str) -> type[Patched] | str:
+    return f"its attn_implementation is {chosen!r}" if other else FastAttention
+
+
+# ---- Loss heads ----------------------------------------------------------------------------------
+
+
+class FusedHead(Patched):
+    """A causal language model that computes its loss in training without storing the logits.
+
+    With labels, in training, `logits` is None. In evaluation, and wherever the original has to
+    take the call, they are there.
+    """
+
+    config: Any
+    _positional: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        """Give the patched class a forward with the original's signature, which Trainer reads."""
+        super().__init_subclass__()
+        original = super().forward
+        parameters = inspect.signature(original).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        cls._positional = tuple(p.name for p in parameters if p.kind in kinds)[1:]
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(cls._positional, args, strict=False)), **kwargs}
+            loss = _fused(self, given)
+            return original(self, *args, **kwargs) if loss is None else loss
+
+        cls.forward = forward  # type: ignore[method-assign]
+
+
+def _fused(model: Any, given: dict[str, Any]) -> Any:
+    """The output of a causal language model with its loss; None where the original has to do it."""
+    if given.get("labels") is None or not model.training:
+        return None
+    head = model.get_output_embeddings()
+    reason = _why_not_fused(model, head, given)
+    if reason is not None:
+        model.fell_back(reason)
+        return None
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given["inputs_embeds"][..., 0]
+    if not _worth(model, head.weight, tokens.numel()):
+        return None
+    labels = given["labels"]
+    rest = {name: x for name, x in given.items() if name not in ("labels", "logits_to_keep")}
+    outputs = model.base_model(**rest)
+    loss = next_token_loss(
+        outputs.last_hidden_state,
+        head.weight,
+        labels,
+        head.bias,
+        softcap=getattr(model.config, "final_logit_softcapping", None),
+        num_items_in_batch=given.get("num_items_in_batch"),
+        ignore_index=given.get("ignore_index", -100),
+        shift_labels=given.get("shift_labels"),
+    )
+    from transformers import modeling_outputs
+
+    with_cross_attention = hasattr(outputs, "cross_attentions")
+    kind = (
+        modeling_outputs.CausalLMOutputWithCrossAttentions
+        if with_cross_attention
+        else modeling_outputs.CausalLMOutputWithPast
+    )
+    states = {name: x for name, x in outputs.items() if name != "last_hidden_state"}
+    return kind(loss=loss, **states)
+
+
+def _why_not_fused(model: Any, head: Any, given: dict[str, Any]) -> str | None:
+    keep = given.get("logits_to_keep", 0)
+    if isinstance(keep, torch.Tensor) or keep:
+        return "logits of some tokens only"
+    if given.get("return_dict", getattr(model.config, "return_dict", True)) is False:
+        return "a tuple is asked for"
+    # Not `model.loss_function`, which warns of None, and so breaks a graph that is compiled.
+    kind = getattr(model, "loss_type", None)  # None for classes named otherwise, as GPT-2's
+    if hasattr(model, "_loss_function") or kind not in (None, "ForCausalLM"):
+        return "it has a loss function of its own"
+    if type(head) is not nn.Linear or "forward" in vars(head) or has_hooks(head):
+        return "its head is no plain nn.Linear: an adapter, quantised, or hooked"
+    return None
+
+
+def _worth(model: Any, weight: torch.Tensor, tokens: int) -> bool:
+    """`worth` of hidden states that are not there yet."""
+    device = weight.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
+    hidden = torch.empty(1, dtype=dtype, device=weight.device).expand(tokens, weight.shape[1])
+    worth: bool = model.worth(hidden)
+    return worth
+
+
+def next_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss` of the logits hidden weight^T + bias, which are not stored.
+
+    Args:
+        hidden: (B, T, C).
+        weight: (V, C).
+        labels: (B, T): token t + 1 is predicted from hidden state t.
+        bias: (V,) or None.
+        softcap: of the logits.
+        num_items_in_batch: what to divide the sum by, if not the number of labels here: that of all
+            batches whose gradients are accumulated.
+        ignore_index: labels that do not count.
+        shift_labels: (B, T), to be predicted from the hidden state at their own place; labels do
+            not count then.
+
+    Returns:
+        Scalar, float32.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        shift_labels.to(hidden.device),
+        bias,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        softcap=softcap,
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+@register(
+    *_classes("ForCausalLM", *LLAMA_LIKE, *GEMMA, "phi:Phi", "phi3:Phi3"),
+    *_classes("ForCausalLM", "gpt_neox:GPTNeoX", "opt:OPT"),
+    *_classes("LMHeadModel", "gpt2:GPT2"),
+    op="linear_cross_entropy",
+)
+def _causal_lm(module: Any) -> type[Patched] | str:
+    return FusedHead
