@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gptfast.nn.hooks import has_hooks
 from gptfast.ops import gelu, linear_cross_entropy, rms_norm
+from gptfast.ops.linear_cross_entropy import is_faster
 from gptfast.patching.recognise import ACTIVATIONS
 from gptfast.patching.registry import Patched, register
 
@@ -264,12 +265,12 @@ def _why_not_fused(model: Any, head: Any, given: dict[str, Any]) -> str | None:
 
 
 def _worth(model: Any, weight: torch.Tensor, tokens: int) -> bool:
-    """`worth` of hidden states that are not there yet."""
+    """Whether to fuse, asked with the kind of hidden states that the model is about to make."""
     device = weight.device.type
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else weight.dtype
     hidden = torch.empty(1, dtype=dtype, device=weight.device).expand(tokens, weight.shape[1])
-    worth: bool = model.worth(hidden)
+    worth: bool = model.worth(hidden) and (model._gptfast_forced or is_faster(hidden))
     return worth
 
 
