@@ -502,7 +502,7 @@ def test_what_attention_leaves_to_transformers():
         "the mask is of another kind than causal, window or padding": masks(
             "causal", **sizes, mask_function=chunked
         )[0],
-        "a mask of the caller's, or one made while compiling": own,
+        "a mask of the caller's": own,
     }.items():
         hf_attention.FALLBACKS.clear()
         y, _ = hf_attention.attention_forward(Layer(), q, k, v, mask)

@@ -32,8 +32,9 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from gptfast.ops import attention, attention_decode, attention_varlen
-from gptfast.ops.attention_decode import MAX_QUERIES
+from gptfast.ops.attention import attention
+from gptfast.ops.attention_decode import MAX_QUERIES, attention_decode
+from gptfast.ops.attention_varlen import attention_varlen
 from gptfast.patching.registry import Patched
 
 NAME = "gptfast"
@@ -214,15 +215,12 @@ def attention_forward(
         (B, T, H, Dv), contiguous, and None for the attention weights.
     """
     plan = _plan_of_call(module, query, key, attention_mask, is_causal, kwargs)
-    if isinstance(plan, str):
-        if not torch.compiler.is_compiling():
-            FALLBACKS[plan] += 1
-            if isinstance(module, Patched):
-                module.fell_back(plan)
-        plan = None
-    elif isinstance(module, Patched) and not module.worth(query):
-        plan = None
-    if plan is None:
+    if isinstance(plan, str) and not torch.compiler.is_compiling():
+        FALLBACKS[plan] += 1
+        if isinstance(module, Patched):
+            module.fell_back(plan)
+    slow = isinstance(module, Patched) and not module.worth(query)
+    if isinstance(plan, str) or slow:
         return _original(
             module,
             query,
@@ -268,12 +266,14 @@ def _plan_of_call(
     if query.shape[0] != key.shape[0]:
         return "queries that are shared by the batch"
     T, S = query.shape[2], key.shape[2]
+    if attention_mask is not None and torch.compiler.is_compiling():
+        return "a mask, while compiling: a plan would be for this call alone"
     if isinstance(attention_mask, PreparedMask):
         if attention_mask.shape != (query.shape[0], 1, T, S):
             return "a mask for other numbers of queries or keys"
         return attention_mask.plan or attention_mask.reason
     if attention_mask is not None:
-        return "a mask of the caller's, or one made while compiling"
+        return "a mask of the caller's"
     # As in transformers' `sdpa`: aligned to the first key; one query sees all.
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if not causal:
@@ -341,8 +341,6 @@ def _original(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' `sdpa`, or the eager attention in the model's file for what that cannot do."""
-    if isinstance(attention_mask, PreparedMask):
-        attention_mask = attention_mask.as_subclass(torch.Tensor)
     sinks = kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None
     if softcap is None and not sinks and not kwargs.get("output_attentions"):
         given = (module, query, key, value, attention_mask)

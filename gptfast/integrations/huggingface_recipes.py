@@ -207,7 +207,7 @@ class FusedHead(Patched):
             loss = _fused(self, given)
             return original(self, *args, **kwargs) if loss is None else loss
 
-        cls.forward = forward  # type: ignore[method-assign]
+        cls.forward = forward
 
 
 def _fused(model: Any, given: dict[str, Any]) -> Any:
