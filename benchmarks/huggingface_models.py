@@ -94,7 +94,8 @@ def _qwen2(s: Sizes) -> Any:
 
 
 def _vit(s: Sizes) -> Any:
-    return hf.ViTConfig(
+    kind: Any = hf.ViTConfig
+    return kind(
         hidden_size=s.n_embd,
         intermediate_size=4 * s.n_embd,
         num_hidden_layers=s.n_layer,

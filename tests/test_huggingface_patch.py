@@ -458,7 +458,8 @@ CALLS = {
 def test_attention_takes_what_a_mask_says(name, softcap):
     kind, sizes = CALLS[name]
     mask, dense = masks(kind, **sizes)
-    assert isinstance(mask.plan, hf_attention.Plan), mask.reason
+    plan = hf_attention.plan_of(mask)
+    assert isinstance(plan, hf_attention.Plan), plan
     torch.manual_seed(0)
     T, S = sizes["q_length"], sizes["kv_length"]
     q = torch.randn(3, T, 4, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
@@ -483,7 +484,7 @@ def test_attention_takes_what_a_mask_says(name, softcap):
     torch.testing.assert_close(y[real], expected[real])
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, (q, k, v), dy), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert torch.equal(mask.as_subclass(torch.Tensor), dense)
+    assert torch.equal(mask, dense)
 
 
 def test_what_attention_leaves_to_transformers():
@@ -506,9 +507,26 @@ def test_what_attention_leaves_to_transformers():
     }.items():
         hf_attention.FALLBACKS.clear()
         y, _ = hf_attention.attention_forward(Layer(), q, k, v, mask)
-        plain = mask.as_subclass(torch.Tensor)
-        assert torch.equal(y, sdpa_attention_forward(Layer(), q, k, v, plain)[0])
+        assert torch.equal(y, sdpa_attention_forward(Layer(), q, k, v, mask)[0])
         assert dict(hf_attention.FALLBACKS) == {reason: 1}
+
+
+def test_a_plan_is_of_its_mask_alone():
+    mask, _ = masks("causal", q_length=4, kv_length=6, q_offset=2)
+    plan, unknown = hf_attention.plan_of(mask), "a mask of the caller's"
+    assert isinstance(plan, hf_attention.Plan)
+    assert hf_attention.plan_of(mask.detach()) is plan
+    for other in (mask.clone(), mask[:1], mask[..., :5], mask.mT):
+        assert hf_attention.plan_of(other) == unknown
+    mask.logical_not_()
+    assert hf_attention.plan_of(mask) == unknown
+    with torch.inference_mode():
+        inferred, _ = masks("causal", q_length=4, kv_length=6, q_offset=2)
+        assert isinstance(hf_attention.plan_of(inferred), hf_attention.Plan)
+        inferred.logical_not_()
+        assert hf_attention.plan_of(inferred) == unknown
+    del mask, other, inferred
+    assert not hf_attention._PLANS
 
 
 def test_without_a_mask_the_module_says_what_is_causal():

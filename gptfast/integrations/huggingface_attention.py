@@ -6,15 +6,17 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="gptfast")
 
 transformers makes a mask once in a forward, through its mask registry, and hands it to every layer.
-Ours is the mask of its `sdpa` implementation, with a `Plan` of what the kernel has to be told
-instead: which keys each row has, whether they are causal, the window. So a layer reads no mask, and
-nothing waits for the device a second time. Where there is no plan, a layer goes to transformers'
-own implementation, with the mask that this one would have got; `FALLBACKS` counts the reasons.
+Ours is the mask of its `sdpa` implementation, and beside it a `Plan` of what the kernel has to be
+told instead: which keys each row has, whether they are causal, the window. So a layer reads no
+mask, and nothing waits for the device a second time. Where there is no plan, a layer goes to
+transformers' own implementation, with the mask that this one would have got; `FALLBACKS` counts the
+reasons.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,19 +71,33 @@ class Plan:
     cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-class PreparedMask(torch.Tensor):
-    """transformers' boolean mask (B, 1, T, S), and the plan, or the reason why there is none.
+_PLANS: dict[int, tuple[weakref.ref[torch.Tensor], int, Plan | str]] = {}
 
-    Whatever is computed from it is a plain mask without a plan.
+
+def _remember(mask: torch.Tensor, plan: Plan | str) -> None:
+    """Let `plan_of` find the plan of this mask, or the reason why there is none.
+
+    A mask stays an ordinary tensor, which models may compute with and compilers understand: its
+    plan is found by where it lies, as long as it lives and nobody has written to it. So it is
+    found again for the detached alias that a reentrant checkpoint hands to the layers it repeats.
     """
+    place = mask.data_ptr()
+    forget = weakref.ref(mask, lambda _: _PLANS.pop(place, None))
+    _PLANS[place] = (forget, mask._version, plan)
 
-    plan: Plan | None
-    reason: str
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
-    def detach(self) -> PreparedMask:  # type: ignore[override]
-        """Itself: reentrant checkpoints detach what they keep, and compute with that again."""
-        return self
+def plan_of(mask: torch.Tensor) -> Plan | str:
+    """The plan of a mask of `prepare_mask`, or the reason why there is none."""
+    made, version, plan = _PLANS.get(mask.data_ptr(), (None, 0, ""))
+    same = made and made()
+    if (
+        same is None
+        or mask.is_inference()
+        or mask._version != version
+        or (mask.dtype, mask.shape, mask.stride()) != (same.dtype, same.shape, same.stride())
+    ):
+        return "a mask of the caller's"
+    return plan
 
 
 def prepare_mask(
@@ -99,22 +115,24 @@ def prepare_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type] - a tensor, of a static cache
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         **options,
     )
-    if mask is None or is_tracing(mask):
+    if mask is None or is_tracing(mask) or mask.device.type == "meta":
         return mask
+    if mask.is_inference():  # which would not notice that it is written to
+        with torch.inference_mode(False):
+            mask = mask.clone()
     plan: Plan | str = "the mask is of another kind than causal, window or padding"
     pattern = _pattern(mask_function)
     if pattern is not None:
         filled = int(q_offset) + q_length - kv_offset if pattern[0] else kv_length
         plan = _plan(*pattern, filled, q_length, kv_length, kv_offset, attention_mask)
-    prepared = torch.Tensor._make_subclass(PreparedMask, mask)
-    prepared.plan, prepared.reason = (plan, "") if isinstance(plan, Plan) else (None, plan)
-    return prepared
+    _remember(mask, plan)
+    return mask
 
 
 def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, tuple[int, int] | None] | None:
@@ -127,7 +145,7 @@ def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, tuple[int, int] |
     parts = _closure(mask_function).get("mask_functions", ())
     if len(parts) != 2 or parts[1] not in (causal_mask_function, bidirectional_mask_function):
         return None
-    width = _closure(parts[0]).get("sliding_window")
+    width: int = _closure(parts[0]).get("sliding_window", 0)
     name = parts[0].__qualname__.partition(".")[0]
     if name == "sliding_window_overlay" and parts[1] is causal_mask_function:
         return True, (width - 1, 0)
@@ -214,13 +232,14 @@ def attention_forward(
     Returns:
         (B, T, H, Dv), contiguous, and None for the attention weights.
     """
-    plan = _plan_of_call(module, query, key, attention_mask, is_causal, kwargs)
+    plan: Plan | str | None = None
+    if not isinstance(module, Patched) or module.worth(query):
+        plan = _plan_of_call(module, query, key, attention_mask, is_causal, kwargs)
     if isinstance(plan, str) and not torch.compiler.is_compiling():
         FALLBACKS[plan] += 1
         if isinstance(module, Patched):
             module.fell_back(plan)
-    slow = isinstance(module, Patched) and not module.worth(query)
-    if isinstance(plan, str) or slow:
+    if not isinstance(plan, Plan):
         return _original(
             module,
             query,
@@ -266,14 +285,12 @@ def _plan_of_call(
     if query.shape[0] != key.shape[0]:
         return "queries that are shared by the batch"
     T, S = query.shape[2], key.shape[2]
-    if attention_mask is not None and torch.compiler.is_compiling():
-        return "a mask, while compiling: a plan would be for this call alone"
-    if isinstance(attention_mask, PreparedMask):
+    if attention_mask is not None:
+        if is_tracing(attention_mask):
+            return "a mask, while compiling: a plan would be for this call alone"
         if attention_mask.shape != (query.shape[0], 1, T, S):
             return "a mask for other numbers of queries or keys"
-        return attention_mask.plan or attention_mask.reason
-    if attention_mask is not None:
-        return "a mask of the caller's"
+        return plan_of(attention_mask)
     # As in transformers' `sdpa`: aligned to the first key; one query sees all.
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if not causal:
