@@ -84,6 +84,8 @@ def _gemma_rms_norm(module: Any) -> type[Patched] | str:
 class FastTanhGELU(Patched):
     """y = x Phi(x), Phi in its tanh form."""
 
+    measured = "gelu tanh"
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Elementwise."""
         return gelu(input, "tanh") if self.worth(input) else super().forward(input)
