@@ -115,7 +115,7 @@ def prepare_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type] - a tensor, of a static cache
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor, of a static cache
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
