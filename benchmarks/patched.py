@@ -86,7 +86,48 @@ def plain_family(kind: Callable[[Sizes], nn.Module]) -> Family:
     )
 
 
+def huggingface_family(name: str) -> Family:
+    """A family of `benchmarks/huggingface_models.py`, which loads transformers when it is used."""
+
+    def make() -> nn.Module:
+        from benchmarks.huggingface_models import new_model
+
+        return new_model(name, SIZES)
+
+    def batch() -> dict[str, torch.Tensor]:
+        from benchmarks.huggingface_models import new_batch
+
+        return new_batch(name, SIZES, B=BATCH_SIZE, padded=False)
+
+    def logits(model: Any, batch: Any) -> torch.Tensor:
+        return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+
+    def generate(model: Any, batch: Any) -> torch.Tensor:
+        # Of a compiled model, too, this is transformers' loop round the model that is not compiled.
+        return model.generate(
+            batch["input_ids"][:, :32],
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+        )
+
+    return Family(
+        make,
+        batch,
+        logits=logits,
+        loss=lambda model, batch: model(**batch).loss,
+        generate=None if name in ("bert", "vit") else generate,
+    )
+
+
+# Of `benchmarks.huggingface_models.CONFIGS`.
+HUGGINGFACE = (
+    *("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
+    *("phi", "phi3", "bert", "vit"),
+)
 FAMILIES: dict[str, Family] = {name: plain_family(kind) for name, kind in PLAIN.items()}
+FAMILIES |= {f"transformers {name}": huggingface_family(name) for name in HUGGINGFACE}
 
 
 @dataclass(frozen=True)
