@@ -206,13 +206,19 @@ def works(family: Family, model: nn.Module, compiled: bool) -> dict[str, Callabl
 
 
 def run_family(
-    name: str, dtype: str, compiled: bool, rounds: int, seconds: float, console: Console
+    name: str,
+    dtype: str,
+    compiled: bool,
+    rounds: int,
+    seconds: float,
+    console: Console,
+    force: bool = False,
 ) -> list[Row]:
     """Time one family, patched and not."""
     family = FAMILIES[name]
     model = family.make().to(DTYPES[dtype])
     patched = copy.deepcopy(model)
-    report = family.patch(patched)
+    report = gptfast.patch(patched, ops=OPS) if force else family.patch(patched)
     check(family, model, patched)
     contenders = {m: works(family, {"un": model, "": patched}[m], compiled) for m in ("un", "")}
     rows = []
@@ -426,6 +432,9 @@ def main(
     modules: Annotated[
         bool, tyro.conf.arg(help="Single modules of each op instead of whole models.")
     ] = False,
+    force: Annotated[
+        bool, tyro.conf.arg(help="Every op, also where it was measured to be slower.")
+    ] = False,
     json_file: Annotated[
         Path | None, tyro.conf.arg(name="json", help="Also put the rows into this file.")
     ] = None,
@@ -455,7 +464,7 @@ def main(
             if modules:
                 rows += run_module(name, dtype, compiled, rounds, seconds)
             else:
-                rows += run_family(name, dtype, compiled, rounds, seconds, console)
+                rows += run_family(name, dtype, compiled, rounds, seconds, console, force)
     print(to_markdown([asdict(row) for row in rows]))
     if json_file is not None:
         write(json_file, rows)
