@@ -51,9 +51,12 @@ class Patched(nn.Module):
     def worth(self, x: torch.Tensor) -> bool:
         """Whether the op is not slower than the original on x, or was asked for by name."""
         compiled = torch.compiler.is_compiling()
-        if not compiled and not KERNELS[self._gptfast_op].has_kernel(x):
+        # The cheapest question first: generation asks it of every module for every token.
+        if not self._gptfast_forced and not is_worth(
+            self.measured or self._gptfast_op, x, compiled
+        ):
             return False
-        return self._gptfast_forced or is_worth(self.measured or self._gptfast_op, x, compiled)
+        return compiled or KERNELS[self._gptfast_op].has_kernel(x)
 
     def fell_back(self, reason: str) -> None:
         """Count a call that the original has to take, in the report of `patch`."""
