@@ -89,7 +89,7 @@ def _remember(mask: torch.Tensor, plan: Plan | str) -> None:
 def plan_of(mask: torch.Tensor) -> Plan | str:
     """The plan of a mask of `prepare_mask`, or the reason why there is none."""
     made, version, plan = _PLANS.get(mask.data_ptr(), (None, 0, ""))
-    same = made and made()
+    same = None if made is None else made()
     if (
         same is None
         or mask.is_inference()
