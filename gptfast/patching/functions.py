@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -195,28 +195,33 @@ def _dispatcher(name: str) -> Callable[..., Any]:
 _dispatchers = {name: _dispatcher(name) for name in ORIGINALS}
 
 
-@contextlib.contextmanager
-def override(
-    name: str, count: Count, worth: Callable[[torch.Tensor], bool] | None = None
-) -> Iterator[None]:
-    """Let this thread's calls of `torch.nn.functional.<name>` take ours, inside the block.
+class override:  # noqa: N801 - used like a function
+    """Let this thread's calls of `torch.nn.functional.<name>` take ours, inside a `with` block.
 
     Args:
         name: of the function.
         count: called with the reason, where ours cannot take a call.
         worth: whether ours should, by the first tensor of the call; None: always.
     """
-    with _lock:
-        _blocks[name] += 1
-        if _blocks[name] == 1:
-            _found[name] = getattr(F, name)
-            setattr(F, name, _dispatchers[name])
-    before = _active.users
-    _active.users = {**before, name: _User(count, worth)}
-    try:
-        yield
-    finally:
-        _active.users = before
+
+    def __init__(
+        self, name: str, count: Count, worth: Callable[[torch.Tensor], bool] | None = None
+    ) -> None:
+        self.name, self.user = name, _User(count, worth)
+
+    def __enter__(self) -> None:
+        name = self.name
+        with _lock:
+            _blocks[name] += 1
+            if _blocks[name] == 1:
+                _found[name] = getattr(F, name)
+                setattr(F, name, _dispatchers[name])
+        self.before = _active.users
+        _active.users = {**self.before, name: self.user}
+
+    def __exit__(self, *error: Any) -> None:
+        name = self.name
+        _active.users = self.before
         with _lock:
             _blocks[name] -= 1
             if not _blocks[name] and getattr(F, name) is _dispatchers[name]:
@@ -241,7 +246,7 @@ class sdpa_override(contextlib.ContextDecorator):  # noqa: N801 - used like a fu
 
     def __init__(self) -> None:
         self.fallbacks: Counter[str] = Counter()
-        self._open: list[contextlib.AbstractContextManager[None]] = []
+        self._open: list[override] = []
 
     def __enter__(self) -> sdpa_override:
         block = override("scaled_dot_product_attention", self._count)

@@ -16,7 +16,7 @@ from torch import nn
 
 from gptfast.backend import OPS as KERNELS
 from gptfast.patching.report import Report
-from gptfast.patching.speed import is_worth
+from gptfast.patching.speed import is_worth, smallest
 
 OPS = (  # what `patch` knows, in the order in which recipes are tried
     "attention",
@@ -42,6 +42,7 @@ class Patched(nn.Module):
     _gptfast_mixin: ClassVar[type[Patched]]
     _gptfast_forced: ClassVar[bool]  # whether the user named the op
     _gptfast_state: dict[str, Any]
+    _gptfast_least: ClassVar[int]  # elements below which the op is never worth it
     measured: ClassVar[str] = ""  # under which name `speed.py` has it, if not the op's
 
     if TYPE_CHECKING:  # a mixin finds what its base has
@@ -50,6 +51,8 @@ class Patched(nn.Module):
 
     def worth(self, x: torch.Tensor) -> bool:
         """Whether the op is not slower than the original on x, or was asked for by name."""
+        if x.numel() < self._gptfast_least:  # first, because small calls feel every microsecond
+            return False
         compiled = torch.compiler.is_compiling()
         # The cheapest question first: generation asks it of every module for every token.
         if not self._gptfast_forced and not is_worth(
@@ -102,6 +105,7 @@ def patched_class(
         "_gptfast_base": base,
         "_gptfast_mixin": mixin,
         "_gptfast_forced": forced,
+        "_gptfast_least": 0 if forced else smallest(mixin.measured or op),
         # Wrappers and device maps go by the names of classes.
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

@@ -13,6 +13,7 @@ norms, activations and losses into their neighbours, where an op of ours stands 
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,12 @@ def is_worth(what: str, x: torch.Tensor, compiled: bool) -> bool:
     """Whether `what` is not slower than PyTorch on x, in compiled code or outside of it."""
     speed = SPEED.get((what, x.device.type, x.dtype, compiled))
     return speed is not None and speed.at_least is not None and x.numel() >= speed.at_least
+
+
+def smallest(what: str) -> int:
+    """Elements below which `what` is worth it nowhere."""
+    sizes = [speed.at_least for key, speed in SPEED.items() if key[0] == what]
+    return min((size for size in sizes if size is not None), default=sys.maxsize)
 
 
 def why_not(what: str, device: str, dtype: torch.dtype) -> str | None:

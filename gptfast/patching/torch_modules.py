@@ -26,6 +26,11 @@ from gptfast.patching.registry import Patched, register
 # ---- Norms ---------------------------------------------------------------------------------------
 
 
+def _the_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The only argument, whatever the original calls it."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _ends_in(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
     return 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == tuple(shape)
 
@@ -81,8 +86,7 @@ class FastFunctionalNorm(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Normalise the trailing dimensions of the one input."""
-        (x,) = (*args, *kwargs.values())
-        call = self._gptfast_state
+        x, call = _the_one(args, kwargs), self._gptfast_state
         if not (self.worth(x) and _ends_in(x, call["shape"])):
             return super().forward(*args, **kwargs)
         weight, bias = (
@@ -122,7 +126,7 @@ class FastFunctionalGELU(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply GELU to the one input."""
-        (x,) = (*args, *kwargs.values())
+        x = _the_one(args, kwargs)
         if not self.worth(x):
             return super().forward(*args, **kwargs)
         return gelu(x, self._gptfast_state["approximate"])
@@ -168,7 +172,7 @@ class FastGatedMLP(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP of the one input."""
-        (x,) = (*args, *kwargs.values())
+        x = _the_one(args, kwargs)
         parts = self._gptfast_state
         act = parts["act"] and self.get_submodule(parts["act"])
         if act and has_hooks(act):
@@ -295,9 +299,16 @@ class FastFunctions(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What it was, with that function replaced. Compiled code keeps the original."""
-        if torch.compiler.is_compiling():
+        function = self._gptfast_state["function"]
+        small = (  # what is attended to has as many elements as the module's input
+            function == "scaled_dot_product_attention"
+            and args
+            and isinstance(args[0], torch.Tensor)
+            and args[0].numel() < self._gptfast_least
+        )
+        if small or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        with override(self._gptfast_state["function"], self.fell_back, self.worth):
+        with override(function, self.fell_back, self.worth):
             return super().forward(*args, **kwargs)
 
 
