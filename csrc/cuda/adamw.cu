@@ -117,8 +117,9 @@ __device__ __forceinline__ Scalars scalars_of(const Group& h, double lr, double 
           static_cast<float>(h.eps)};
 }
 
-// partial: a sum of squares for each block, or null where nothing is clipped.
-__global__ void __launch_bounds__(kThreads)
+// partial: a sum of squares for each block, or null where nothing is clipped. The 1 lets ptxas keep in
+// registers what lives across the calls for fp64 divisions.
+__global__ void __launch_bounds__(kThreads, 1)
     adamw_prepare_kernel(const Step a, float* __restrict__ partial, Scalars* __restrict__ scalars) {
   const int64_t all_threads = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < a.n_tensors;

@@ -2,11 +2,12 @@
 #pragma once
 #include <cfloat>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <type_traits>
 
 #include "../common/dtype.h"
-#include "platform.cuh"
+#include "ptx.cuh"
 
 namespace gptfast::cuda {
 
@@ -89,6 +90,20 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kWidth>& pack) {
   *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
 }
 
+// The same to global memory that the kernel does not read again, and certainly in accesses of 16 bytes.
+template <class T, int kWidth>
+__device__ __forceinline__ void store_result(T* to, const Pack<T, kWidth>& pack) {
+  if constexpr (sizeof(pack) % 16 == 0) {
+    uint4 raw[sizeof(pack) / 16];
+    memcpy(raw, &pack, sizeof pack);
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(pack) / 16; ++i)
+      store_global_16(reinterpret_cast<uint4*>(to) + i, raw[i]);
+  } else {
+    store(to, pack);
+  }
+}
+
 // The first `count` of kWidth neighbours, and zeros: in one instruction where `whole`, which says that
 // these are all and aligned, and otherwise element by element.
 template <int kWidth, class T>
@@ -102,7 +117,7 @@ __device__ __forceinline__ Pack<T, kWidth> load_some(const T* from, bool whole, 
 template <class T, int kWidth>
 __device__ __forceinline__ void store_some(T* to, const Pack<T, kWidth>& pack, bool whole,
                                            int64_t count) {
-  if (whole) return store(to, pack);
+  if (whole) return store_result(to, pack);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i)
     if (i < count) to[i] = pack.value[i];

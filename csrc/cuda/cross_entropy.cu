@@ -11,7 +11,7 @@
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of one block: for a second one ptxas would spill
 
 // A row's scalars, from x: z = x, or k tanh(x / k) with a softcap k (0: none).
 struct Softcap {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void sweep(const T* row, int64_t V, const Body& body)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     cross_entropy_fwd_kernel(const T* x, const int64_t* target, Parameter w, float* loss,
                              float* lse, int64_t V, int64_t ignore_index, float smoothing,
                              float z_loss, Softcap softcap) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // dx may be x.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     cross_entropy_bwd_kernel(const float* dloss, const T* x, const int64_t* target, Parameter w,
                              const float* w_sum, const float* lse, T* dx, int64_t V,
                              int64_t ignore_index, float smoothing, float z_loss, Softcap softcap) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (c + k == t) dz -= hit;
       pack.set(k, ignored ? 0.0f : g * dz * softcap.slope(logit));
     }
-    store(dx + c, pack);
+    store_result(dx + c, pack);
   });
 }
 

@@ -6,6 +6,18 @@
 
 namespace gptfast::cuda {
 
+// ---- st.global: 16 bytes that the kernel does not read again ---------------------------------------
+
+// The compiler takes a plain store apart where another branch stores the same elements one by one.
+__device__ __forceinline__ void store_global_16(void* to, uint4 x) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w));
+#else
+  *static_cast<uint4*>(to) = x;
+#endif
+}
+
 // ---- cp.async: 16 bytes from global to shared memory, without waiting -----------------------------
 
 // Copies 16 bytes, or writes 16 zeros where `valid` is false; both addresses are aligned to 16.

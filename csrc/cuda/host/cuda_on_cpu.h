@@ -224,8 +224,16 @@ inline Thread* current = nullptr;  // its thread that runs
 inline uint64_t seed = 0;          // of the order of threads and blocks
 inline int64_t launches = 0;       // so far
 
-inline void switch_context(Context& from, Context& to, [[maybe_unused]] const void* stack,
-                           [[maybe_unused]] size_t stack_bytes) {
+// What the runner itself does, and no kernel: ThreadSanitizer must not compare it with anything.
+#if defined(__SANITIZE_THREAD__)
+#define CUDA_ON_CPU_UNWATCHED __attribute__((no_sanitize_thread))
+#else
+#define CUDA_ON_CPU_UNWATCHED
+#endif
+
+CUDA_ON_CPU_UNWATCHED inline void switch_context(Context& from, Context& to,
+                                                 [[maybe_unused]] const void* stack,
+                                                 [[maybe_unused]] size_t stack_bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.asan_fake_stack, stack, stack_bytes);
 #endif
@@ -239,7 +247,9 @@ inline void switch_context(Context& from, Context& to, [[maybe_unused]] const vo
 }
 
 // Back to the launching thread, until it goes on with this fiber.
-inline void leave() { switch_context(current->fiber->context, block->main, nullptr, 0); }
+CUDA_ON_CPU_UNWATCHED inline void leave() {
+  switch_context(current->fiber->context, block->main, nullptr, 0);
+}
 
 inline std::string describe(const Thread& t) {
   return "thread (" + std::to_string(t.index.x) + "," + std::to_string(t.index.y) + "," +
