@@ -4,8 +4,9 @@ Forward: one program per (block of queries, batch and head); it walks over the b
 its queries see. It reads its queries once, each of those keys and values once, and writes o and
 lse once. Backward is two kernels. The first has the same programs: it computes delta, which it
 stores, and walks over the same keys for dq. In the second a program owns a block of keys and walks
-over the queries that see them, of every query head that shares the key head, for dk and dv. No
-program writes what another one writes: deterministic, with no atomics.
+over the queries that see them, of every query head that shares the key head, for dk and dv; where
+their sums do not fit into registers together, it runs twice, for one of them each time. No program
+writes what another one writes: deterministic, with no atomics.
 
 What a window or the diagonal hides from a whole block is skipped; masks are computed only in
 blocks that an edge cuts. `attention_varlen` runs the same kernels with VARLEN: a program finds the
@@ -56,10 +57,8 @@ class Config:
 # tiles tried, an entry is the largest for which the compiler (Triton 3.9) spills none; where tiles
 # were timed, the fastest of those. Dropout has its own entries because its counters (four words of
 # Philox for eight scores) need up to 80 registers. The static report compiles all entries without
-# dropout, and those of 64 and 128 with it. What spills is in
-# KNOWN_SPILLS of tests/test_static_report.py. dq of 256 columns in fp32 does on NVIDIA's cards
-# with every tile tried: outside the matrix units a product has whole rows of both operands in
-# registers, here those of q and do besides.
+# dropout, and those of 64 and 128 with it; a window, a softcap and ALiBi together at 64; packed
+# sequences at 64 and 128. An entry has to hold for all of these.
 Tile = tuple[int, int, int, int]
 Tiles = Mapping[str, Mapping[int, tuple[Tile, Tile]]]
 
@@ -77,14 +76,14 @@ MMA_SYNC: Tiles = {
         16: ((128, 64, 4, 2), (128, 64, 8, 2)),
         32: ((128, 64, 8, 2), (128, 64, 8, 2)),
         64: ((128, 32, 8, 2), (128, 16, 8, 2)),
-        128: ((64, 64, 4, 2), (128, 32, 8, 2)),
+        128: ((128, 32, 8, 2), (64, 64, 8, 2)),
         256: ((32, 32, 8, 2), (32, 32, 8, 2)),
     },
     "dkdv": {
         16: ((64, 128, 4, 2), (64, 128, 8, 2)),
         32: ((64, 128, 8, 2), (64, 128, 8, 2)),
         64: ((32, 128, 8, 2), (16, 128, 8, 2)),
-        128: ((32, 64, 8, 2), (32, 64, 8, 2)),
+        128: ((32, 64, 8, 2), (16, 64, 8, 2)),
         256: ((16, 64, 8, 2), (16, 64, 8, 2)),
     },
 }
@@ -94,7 +93,9 @@ MMA_SYNC: Tiles = {
 # takes exponentials, beat one of 8 warps with larger tiles (backward of 64 columns by 1.6).
 # But for dk and dv, where the fastest, 64 x 64 and 32 x 64 with 4 warps, spill 104 and 296 bytes
 # (Triton 3.9; they were timed with 3.6): the nearest that do not stand here, not timed yet.
-# dk and dv of 64 keys and 256 columns leave no registers for it: there mma.sync takes 32.
+# dk and dv of 256 columns do not fit beside each other: every tile with wgmma spills, 112 bytes at
+# least. A launch each has room for 128 keys. It takes two products of five twice, where mma.sync,
+# the other way, has a tile of 32 x 32 and some six tenths of wgmma's rate.
 WGMMA: Tiles = {
     "fwd": {
         16: ((128, 64, 4, 3), (128, 64, 4, 3)),
@@ -111,16 +112,17 @@ WGMMA: Tiles = {
         256: ((128, 32, 8, 2), (128, 16, 8, 2)),
     },
     "dkdv": {
-        16: ((64, 128, 4, 2), (64, 128, 8, 2)),
+        16: ((64, 64, 4, 2), (64, 128, 8, 2)),
         32: ((64, 128, 8, 2), (64, 64, 4, 2)),
         64: ((32, 64, 4, 2), (32, 128, 8, 2)),
         127: ((16, 64, 8, 2), (16, 128, 8, 2)),
-        128: ((32, 64, 8, 2), (16, 128, 8, 2)),
-        256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        128: ((32, 64, 8, 2), (16, 64, 8, 2)),
     },
+    "dk": {256: ((32, 128, 8, 2), (16, 128, 8, 2))},
+    "dv": {256: ((32, 128, 8, 2), (32, 64, 8, 2))},
 }
-# tcgen05 keeps accumulators in tensor memory, which dk and dv of 256 columns would fill alone:
-# there mma.sync takes them.
+# tcgen05 keeps accumulators in tensor memory: dk and dv of 64 keys and 256 columns, with their
+# scores, take all of it.
 TCGEN05: Tiles = {
     "fwd": {
         16: ((128, 64, 8, 3), (128, 64, 8, 3)),
@@ -139,9 +141,9 @@ TCGEN05: Tiles = {
     "dkdv": {
         16: ((64, 128, 8, 2), (64, 128, 8, 2)),
         32: ((64, 128, 8, 2), (64, 128, 8, 2)),
-        64: ((32, 128, 8, 2), (64, 128, 8, 2)),
-        128: ((32, 64, 8, 1), (32, 64, 8, 2)),
-        256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        64: ((32, 128, 8, 1), (64, 128, 8, 2)),
+        128: ((32, 64, 8, 1), (32, 64, 8, 1)),
+        256: ((32, 64, 8, 2), (32, 64, 8, 2)),
     },
 }
 # MFMA's accumulators may lie in the second half of the register file; local memory is 64 KiB.
@@ -156,7 +158,7 @@ MFMA: Tiles = {
     "dq": {
         16: ((64, 64, 4, 2), (64, 64, 4, 2)),
         32: ((64, 64, 4, 2), (64, 64, 4, 2)),
-        64: ((128, 64, 8, 2), (64, 64, 4, 2)),
+        64: ((64, 64, 4, 2), (64, 64, 4, 2)),
         128: ((64, 32, 8, 2), (32, 32, 4, 2)),
         256: ((32, 16, 8, 1), (32, 16, 8, 1)),
     },
@@ -185,22 +187,34 @@ FP32: Tiles = {
         32: ((32, 32, 4, 2), (32, 32, 8, 1)),
         64: ((32, 32, 4, 2), (32, 32, 8, 1)),
         128: ((16, 16, 8, 1), (16, 16, 8, 1)),
-        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 2), (16, 16, 8, 2)),
     },
     "dkdv": {
         16: ((16, 32, 8, 1), (16, 32, 8, 1)),
         32: ((16, 32, 8, 1), (16, 32, 8, 1)),
-        64: ((32, 32, 8, 2), (16, 32, 8, 1)),
+        64: ((16, 32, 8, 2), (16, 32, 8, 1)),
         128: ((16, 32, 8, 1), (16, 16, 8, 1)),
         256: ((16, 16, 8, 1), (16, 16, 8, 1)),
     },
 }
+FP32_SM80: Tiles = {
+    **FP32,
+    "dkdv": {
+        **FP32["dkdv"],
+        64: ((32, 32, 8, 1), (16, 32, 8, 1)),
+        128: ((32, 32, 8, 1), (16, 16, 8, 1)),
+    },
+}
 FP32_SM90: Tiles = {
     **FP32,
-    "dkdv": {**FP32["dkdv"], 128: ((16, 32, 16, 1), (16, 16, 8, 1))},
+    "dkdv": {
+        **FP32["dkdv"],
+        64: ((32, 32, 8, 2), (16, 32, 8, 1)),
+        128: ((16, 32, 16, 1), (16, 16, 8, 1)),
+    },
 }
 FP32_MFMA: Tiles = {
-    "fwd": FP32["fwd"],
+    "fwd": {**FP32["fwd"], 256: ((32, 16, 8, 1), (16, 16, 8, 1))},
     "dq": {**FP32["dq"], 256: ((16, 16, 4, 1), (16, 16, 4, 1))},
     "dkdv": {
         **FP32["dkdv"],
@@ -208,7 +222,11 @@ FP32_MFMA: Tiles = {
         256: ((16, 16, 4, 2), (16, 16, 4, 2)),
     },
 }
-FP32_UNITS: Mapping[str, Tiles] = {"sm_90": FP32_SM90, "gfx942": FP32_MFMA}
+FP32_UNITS: Mapping[str, Tiles] = {
+    "sm_80": FP32_SM80,
+    "sm_90": FP32_SM90,
+    "gfx942": FP32_MFMA,
+}
 UNITS: Mapping[str, Tiles] = {"sm_90": WGMMA, "sm_100": TCGEN05, "gfx942": MFMA}
 
 
@@ -216,15 +234,28 @@ UNITS: Mapping[str, Tiles] = {"sm_90": WGMMA, "sm_100": TCGEN05, "gfx942": MFMA}
 def pick_config(
     kernel: str, D: int, Dv: int, itemsize: int, dropout: bool, target: Target
 ) -> Config:
-    """Tiles of a kernel, "fwd", "dq" or "dkdv", for head dims and the size of an element."""
-    if itemsize == 4:
-        tiles = FP32_UNITS.get(target.name, FP32)
-    else:
-        tiles = UNITS.get(target.name, MMA_SYNC)
-    widths, width = tiles[kernel], _block_d(max(D, Dv))
+    """Tiles of a kernel for head dims and the size of an element.
+
+    Args:
+        kernel: "fwd", "dq" or "dkdv"; "dk" or "dv" where `key_gradients` says so.
+        D, Dv, itemsize, dropout, target: of the call.
+    """
+    widths, width = _tiles(itemsize, target)[kernel], _block_d(max(D, Dv))
     if min(D, Dv) < width and width - 1 in widths:
         width -= 1
     return Config(*widths[width][dropout])
+
+
+def key_gradients(D: int, Dv: int, itemsize: int, target: Target) -> tuple[str, ...]:
+    """The launches that make dk and dv, as `pick_config` names them: one, or one for each."""
+    alone = _tiles(itemsize, target).get("dk", {})
+    return ("dk", "dv") if _block_d(max(D, Dv)) in alone else ("dkdv",)
+
+
+def _tiles(itemsize: int, target: Target) -> Tiles:
+    if itemsize == 4:
+        return FP32_UNITS.get(target.name, FP32)
+    return UNITS.get(target.name, MMA_SYNC)
 
 
 def _block_d(D: int) -> int:
@@ -651,6 +682,8 @@ def attention_bwd_dkdv_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    NEEDS_DK: tl.constexpr,
+    NEEDS_DV: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -659,7 +692,10 @@ def attention_bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of one block of keys of one key head. Tiles of scores are (keys, queries)."""
+    """dk and dv, or one of them, of one block of keys of one key head.
+
+    Tiles of scores are (keys, queries).
+    """
     first = tl.program_id(0) % blocks * BLOCK_N
     kv_heads = H // GROUP
     b = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
@@ -676,7 +712,8 @@ def attention_bwd_dkdv_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     offs_n = first + tl.arange(0, BLOCK_N)
     k = _load_rows(k_ptr, offs_n, stride_k_row, S, D, BLOCK_D, False)
-    v = _load_rows(v_ptr, offs_n, stride_v_row, S, DV, BLOCK_DV, False)
+    if NEEDS_DK:
+        v = _load_rows(v_ptr, offs_n, stride_v_row, S, DV, BLOCK_DV, False)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
@@ -704,27 +741,34 @@ def attention_bwd_dkdv_kernel(
                 q = _load_rows(q_head, offs_m, stride_q_row, T, D, BLOCK_D, masked == 0)
                 do = _load_rows(do_head, offs_m, stride_do_row, T, DV, BLOCK_DV, masked == 0)
                 lse2 = _load_lse2(lse_ptr + at_lse, offs_m, T)
-                delta = tl.load(delta_ptr + at_lse + offs_m, mask=offs_m < T, other=0.0)
                 s, damping = _scores(
                     k, q, i, j, S - T, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION
                 )
                 p = tl.exp2(s - lse2[None, :])
                 if masked:
                     p = tl.where(_visible(i, j, T, S, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                pz = p
+                if NEEDS_DK:
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 if HAS_DROPOUT:
                     z = dropout_factors(seed, bh, start, first, dropout_threshold, BLOCK_M, BLOCK_N)
                     z = tl.trans(z)
-                    pz = p * z
-                    dp = dp * z
-                dx = p * (dp - delta[None, :])
-                if HAS_SOFTCAP:
-                    dx *= damping
-                dv = tl.dot(pz.to(do.dtype), do, dv, input_precision=PRECISION)
-                dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
-    _store_rows(dk_ptr, dk * scale, offs_n, stride_dk_row, S, D, BLOCK_D)
-    _store_rows(dv_ptr, dv, offs_n, stride_dv_row, S, DV, BLOCK_DV)
+                if NEEDS_DK:
+                    delta = tl.load(delta_ptr + at_lse + offs_m, mask=offs_m < T, other=0.0)
+                    if HAS_DROPOUT:
+                        dp *= z
+                    dx = p * (dp - delta[None, :])
+                    if HAS_SOFTCAP:
+                        dx *= damping
+                if NEEDS_DV:
+                    if HAS_DROPOUT:
+                        p *= z
+                    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                if NEEDS_DK:
+                    dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
+    if NEEDS_DK:
+        _store_rows(dk_ptr, dk * scale, offs_n, stride_dk_row, S, D, BLOCK_D)
+    if NEEDS_DV:
+        _store_rows(dv_ptr, dv, offs_n, stride_dv_row, S, DV, BLOCK_DV)
 
 
 class _Sequences(NamedTuple):
@@ -763,7 +807,7 @@ def _launch(
     dropout = options.dropout_p > 0
     config = pick_config(name, D, Dv, q.element_size(), dropout, target)
     blocks, heads = triton.cdiv(T, config.block_m), H
-    if name == "dkdv":
+    if name in ("dkdv", "dk", "dv"):
         blocks, heads = triton.cdiv(S, config.block_n), k.shape[1]
     kernel[(blocks * B * heads,)](
         *tensors,
@@ -874,13 +918,13 @@ def _bwd(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     empty = q.new_empty(0)
-    needs_dkdv = needs[1] or needs[2]
     delta = torch.empty_like(lse)
     if into is not None and all(_is_aligned(g) for g in into):
         dq, dk, dv = into
     else:
         dq = empty_output(q) if needs[0] else empty
-        dk, dv = (empty_output(k), empty_output(v)) if needs_dkdv else (empty, empty)
+        dk = empty_output(k) if needs[1] else empty
+        dv = empty_output(v) if needs[2] else empty
     common = (lse, q, k, v, sequences, options)
     if q.numel():
         _launch(
@@ -891,15 +935,17 @@ def _bwd(
             *common,
             {"HAS_DLSE": dlse is not None, "NEEDS_DQ": needs[0]},
         )
-    if needs_dkdv and k.numel():
-        _launch(
-            attention_bwd_dkdv_kernel,
-            "dkdv",
-            (do, q, k, v, lse, delta, dk, dv),
-            (do, q, k, v, dk, dv),
-            *common,
-            {},
-        )
+    wanted = {"dkdv": needs[1:], "dk": [needs[1], False], "dv": [False, needs[2]]}
+    for name in key_gradients(k.shape[-1], v.shape[-1], k.element_size(), target_of(k.device)):
+        if any(wanted[name]) and k.numel():
+            _launch(
+                attention_bwd_dkdv_kernel,
+                name,
+                (do, q, k, v, lse, delta, dk, dv),
+                (do, q, k, v, dk if needs[1] else k, dv if needs[2] else v),
+                *common,
+                dict(zip(("NEEDS_DK", "NEEDS_DV"), wanted[name], strict=True)),
+            )
     if into is not None:
         for g, out in zip((dq, dk, dv), into, strict=True):
             if g is not out:

@@ -30,12 +30,14 @@ from gptfast.ops.philox import dropout_threshold
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
 
-# Columns that a program holds in registers. With 1024 threads each has 64 registers: 16 elements of
-# r and what the sums over a row need just fit. In backward each of 512 threads has 128 for its 16
-# elements: four of 32 bits for each, sums and inputs, fit; with more (three sums, or an fp32 stream
-# with two) the compiler spills, as it does with the masks of an unaligned row. Blocks are then half
-# as wide, and so they are where rows are swept anyway.
-MAX_FORWARD = 16384
+# Columns that a program holds in registers. With 1024 threads each has 64 registers (AMD: 128): 32
+# elements of r and what the sums over a row need just fit where inputs are of 16 bits; 16 where
+# they are wider, or dropout's counters come beside them. In backward each of 512 threads has 128
+# for its 16 elements: four of 32 bits for each, sums and inputs, fit; with more (three sums, or an
+# fp32 stream with two) the compiler spills, as it does with the masks of an unaligned row. Blocks
+# are then half as wide, and so they are where rows are swept anyway. Rows of 16384 columns spill in
+# backward with 256, 512 and 1024 threads on sm_90, sm_100 and sm_120.
+MAX_FORWARD = 32768
 MAX_BACKWARD = 8192
 SUM_COLUMNS, SUM_ROWS = 32, 128  # tile of `partial`: 128-byte rows, 32 elements a thread
 
@@ -74,11 +76,13 @@ def pick_config(
         M, N, itemsize: as said.
         target: its warps are of 32 or 64 threads.
         sums: of backward, how many gradients of parameters; None means forward.
-        read: of backward, bytes of the inputs for one element.
+        read: bytes of the inputs for one element; dropout in forward is an input, of 16 bits.
     """
     block_n = triton.next_power_of_2(max(N, 16))
     if sums is None:
-        tile, block_n = 2048, min(block_n, MAX_FORWARD if N % 16 == 0 else MAX_FORWARD // 2)
+        fits = target.platform == "hip" or (itemsize == 2 and read <= 4)
+        most = MAX_FORWARD if fits else MAX_FORWARD // 2
+        tile, block_n = 2048, min(block_n, most if N % 16 == 0 else MAX_FORWARD // 4)
     else:
         fits = N <= MAX_BACKWARD and 4 * sums + read <= 16 and N % 16 == 0
         tile, block_n = 4096, min(block_n, MAX_BACKWARD if fits else MAX_BACKWARD // 2)
@@ -451,7 +455,9 @@ def _forward(
     mean = rstd.new_empty(0) if is_rms else torch.empty_like(rstd)
     M, N = rstd.numel(), x.shape[-1]
     if M:
-        config = pick_config(M, N, x.element_size(), target_of(x.device))
+        read = x.element_size() + 2 * (seed is not None)
+        read += 0 if residual is None else residual.element_size()
+        config = pick_config(M, N, x.element_size(), target_of(x.device), read=read)
         x = as_rows(x)
         residual = None if residual is None else as_rows(residual)
         norm_fwd_kernel[(triton.cdiv(M, config.block_m),)](

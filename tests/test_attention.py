@@ -157,14 +157,15 @@ def test_hidden_blocks_are_not_touched(window):
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_call_has_a_configuration(name):
     pytest.importorskip("triton")
-    from gptfast.kernels.attention import pick_config
+    from gptfast.kernels.attention import key_gradients, pick_config
 
-    for kernel in ("fwd", "dq", "dkdv"):
-        for D in (1, 16, 40, 64, 80, 96, 111, 128, 256):
-            for itemsize in (2, 4):
+    for D in (1, 16, 40, 64, 80, 96, 111, 128, 256):
+        for itemsize in (2, 4):
+            of_keys = key_gradients(D, 16, itemsize, TARGETS[name])
+            for kernel in ("fwd", "dq", *of_keys):
                 for dropout in (False, True):
                     config = pick_config(kernel, D, 16, itemsize, dropout, TARGETS[name])
-                    own = config.block_n if kernel == "dkdv" else config.block_m
+                    own = config.block_n if kernel in of_keys else config.block_m
                     assert own >= 16
                     assert own % 16 == 0
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from places import first_result
 
+import gptfast
 from benchmarks.static_report.traffic import Counting
 from benchmarks.tune import tune_case
-from gptfast import backend, tuning
+from gptfast import backend, targets, tuning
 from gptfast.kernels import attention_decode, cross_entropy, layer_norm, linear_cross_entropy
 from gptfast.testing import CASES, DTYPES, OPS, Case, make_problem, run_case
 
@@ -87,7 +88,7 @@ def test_a_planted_wrong_value_is_found(op, monkeypatch):
 
 
 def test_rows_wider_than_a_block(monkeypatch):
-    monkeypatch.setattr(layer_norm, "MAX_FORWARD", 32)
+    monkeypatch.setattr(layer_norm, "MAX_FORWARD", 64)
     monkeypatch.setattr(layer_norm, "MAX_BACKWARD", 32)
     monkeypatch.setattr(cross_entropy, "MAX_BLOCK", 16)
     tuning.forget()
@@ -133,6 +134,36 @@ def test_tuning_changes_launches(tmp_path, monkeypatch):
     tuning.forget()
     (config,) = picked.values()
     assert {name: getattr(config, name) for name in tuned} == tuned
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_dk_and_dv_of_wide_heads_in_a_launch_each(dropout_p, dtype):
+    options = {"causal": True, "dropout_p": dropout_p, "softcap": 3.0, "Dv": 20}
+    problem = make_problem(Case("attention", (1, 2, 1, 20, 33, 136), options=options), dtype)
+    with targets.assume("sm_90"), Counting() as counting:
+        problem.judge(problem.run("triton", poison=False))
+    launched = [name for name, _ in counting.launches]
+    assert launched.count("attention_bwd_dkdv_kernel") == 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("wanted", ["k", "v"])
+def test_a_gradient_of_keys_or_values_alone(wanted, target):
+    shapes = {"q": (1, 2, 5, 130), "k": (1, 1, 9, 130), "v": (1, 1, 9, 130)}
+    inputs = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+    def gradient(*names):
+        leaves = {n: x.detach().requires_grad_(n in names) for n, x in inputs.items()}
+        with targets.assume(target), gptfast.use_backend("triton"), Counting() as counting:
+            gptfast.attention(**leaves).sum().backward()
+        assert (leaves["q"].grad is None) == ("q" not in names)
+        launched = [name for name, _ in counting.launches]
+        return leaves[wanted].grad, launched.count("attention_bwd_dkdv_kernel")
+
+    (alone, launches), (together, _) = gradient(wanted), gradient("q", "k", "v")
+    assert torch.equal(alone, together)
+    assert launches == 1
 
 
 @pytest.mark.parametrize("parts", [2, 5, 40])

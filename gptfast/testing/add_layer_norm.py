@@ -114,7 +114,7 @@ def cases(op: str) -> Iterator[Case]:
     """For both ops."""
     for shape in (
         *((8, 64), (5, 37), (1, 1), (7,), (2, 3, 50), (0, 16), (3, 0)),
-        *((3, 769), (2, 17003), (130, 24), (700, 3)),
+        *((3, 769), (2, 17003), (2, 32768), (130, 24), (700, 3)),
     ):
         yield Case(op, shape)
     yield Case(op, (3, 769), options=ALL)
@@ -155,6 +155,7 @@ def reports(op: str) -> tuple[Case, ...]:
         Case(op, (2048, 768), options=PLAIN),
         Case(op, (512, 4096), options={**PLAIN, "residual": "float32"}),
         Case(op, (2048, 1024), options=ALL),
+        Case(op, (64, 32768), options=PLAIN),
         Case(op, (128, 17003), options=PLAIN),
     )
 

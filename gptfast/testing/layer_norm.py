@@ -73,7 +73,7 @@ def _cases() -> Iterator[Case]:
     # and db are summed in several blocks.
     for shape in (
         *((8, 64), (5, 37), (1, 768), (1, 1), (7,), (2, 3, 50), (0, 16), (3, 0), (0, 0), (2, 0, 5)),
-        *((3, 4099), (2, 17003), (130, 24), (2100, 3)),
+        *((3, 4099), (2, 17003), (2, 32768), (130, 24), (2100, 3)),
     ):
         yield Case("layer_norm", shape)
     for values in ("offset", "spread", "tiny", "constant", "nan", "nonfinite"):
@@ -111,6 +111,7 @@ ROW = OpRow(
     reports=(
         Case("layer_norm", (2048, 768)),
         Case("layer_norm", (512, 4096)),
+        Case("layer_norm", (64, 32768)),
         Case("layer_norm", (128, 17003)),
     ),
 )
