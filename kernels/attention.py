@@ -94,8 +94,8 @@ MMA_SYNC: Tiles = {
 # But for dk and dv, where the fastest, 64 x 64 and 32 x 64 with 4 warps, spill 104 and 296 bytes
 # (Triton 3.9; they were timed with 3.6): the nearest that do not stand here, not timed yet.
 # dk and dv of 256 columns do not fit beside each other: every tile with wgmma spills, 112 bytes at
-# least. A launch each has room for 128 keys. It takes two products of five twice, where mma.sync,
-# the other way, has a tile of 32 x 32 and some six tenths of wgmma's rate.
+# least. A launch each has room for 128 keys, and takes five products for four. The other way is
+# mma.sync in tiles of 32 x 32. Neither was timed.
 WGMMA: Tiles = {
     "fwd": {
         16: ((128, 64, 4, 3), (128, 64, 4, 3)),
@@ -171,9 +171,9 @@ MFMA: Tiles = {
     },
 }
 # fp32 at full precision: NVIDIA multiplies it outside the matrix units, with both operands in
-# registers. Small tiles, the same everywhere. Not "tf32x3", which splits every operand: dk and dv
-# at a head dim of 128 then spill on sm_90 even with tiles of 16 x 16, where "ieee" takes 16 x 32
-# with 128 registers.
+# registers. Small tiles, nearly the same everywhere. Not "tf32x3", which splits every operand: dk
+# and dv at a head dim of 128 then spill on sm_90 even with tiles of 16 x 16, where "ieee" takes 16
+# x 32 with 128 registers.
 FP32: Tiles = {
     "fwd": {
         16: ((32, 32, 4, 2), (32, 32, 4, 2)),
@@ -202,7 +202,7 @@ FP32_SM80: Tiles = {
     "dkdv": {
         **FP32["dkdv"],
         64: ((32, 32, 8, 1), (16, 32, 8, 1)),
-        128: ((32, 32, 8, 1), (16, 16, 8, 1)),
+        128: ((32, 32, 8, 1), (16, 16, 8, 2)),
     },
 }
 FP32_SM90: Tiles = {
@@ -212,6 +212,10 @@ FP32_SM90: Tiles = {
         64: ((32, 32, 8, 2), (16, 32, 8, 1)),
         128: ((16, 32, 16, 1), (16, 16, 8, 1)),
     },
+}
+FP32_SM120: Tiles = {
+    **FP32,
+    "dkdv": {**FP32["dkdv"], 64: ((16, 32, 8, 1), (16, 32, 8, 1))},
 }
 FP32_MFMA: Tiles = {
     "fwd": {**FP32["fwd"], 256: ((32, 16, 8, 1), (16, 16, 8, 1))},
@@ -225,6 +229,7 @@ FP32_MFMA: Tiles = {
 FP32_UNITS: Mapping[str, Tiles] = {
     "sm_80": FP32_SM80,
     "sm_90": FP32_SM90,
+    "sm_120": FP32_SM120,
     "gfx942": FP32_MFMA,
 }
 UNITS: Mapping[str, Tiles] = {"sm_90": WGMMA, "sm_100": TCGEN05, "gfx942": MFMA}

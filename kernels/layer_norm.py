@@ -32,7 +32,8 @@ from gptfast.tuning import tunable
 
 # Columns that a program holds in registers. With 1024 threads each has 64 registers (AMD: 128): 32
 # elements of r and what the sums over a row need just fit where inputs are of 16 bits; 16 where
-# they are wider, or dropout's counters come beside them. In backward each of 512 threads has 128
+# they are wider, or dropout's counters come beside them, or on sm_120 (and its like, of 1536
+# threads) a residual. In backward each of 512 threads has 128
 # for its 16 elements: four of 32 bits for each, sums and inputs, fit; with more (three sums, or an
 # fp32 stream with two) the compiler spills, as it does with the masks of an unaligned row. Blocks
 # are then half as wide, and so they are where rows are swept anyway. Rows of 16384 columns spill in
@@ -80,7 +81,8 @@ def pick_config(
     """
     block_n = triton.next_power_of_2(max(N, 16))
     if sums is None:
-        fits = target.platform == "hip" or (itemsize == 2 and read <= 4)
+        narrow = read <= (4 if target.threads == 2048 else 2)
+        fits = target.platform == "hip" or (itemsize == 2 and narrow)
         most = MAX_FORWARD if fits else MAX_FORWARD // 2
         tile, block_n = 2048, min(block_n, most if N % 16 == 0 else MAX_FORWARD // 4)
     else:
