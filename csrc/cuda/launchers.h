@@ -122,4 +122,12 @@ void cross_entropy_bwd(const float* dloss, const void* x, const int64_t* target,
                        int64_t V, int64_t ignore_index, float smoothing, float z_loss,
                        float softcap, DType dtype, cudaStream_t stream);
 
+// y = act(x W^T + b). x: (M, K), rows stride_x elements apart. weight, scale, zero: as
+// gptfast/ops/linear_decode.py describes them, the packed ones aligned to 16 bytes; scale, zero and
+// bias (N,) may be null. y: (M, N). format, activation: codes of csrc/cpu/linear_decode.h.
+void linear_decode_fwd(const void* x, int64_t stride_x, const void* weight, const void* scale,
+                       const uint8_t* zero, const void* bias, DType bias_dtype, void* y, int64_t M,
+                       int64_t N, int64_t K, int format, int activation, DType dtype,
+                       cudaStream_t stream);
+
 }  // namespace gptfast::cuda

@@ -32,6 +32,7 @@ from gptfast.ops.library import (
     check_dtypes,
     check_floating,
     check_shape,
+    cuda_parameter,
     define,
     fp32_parameter,
     pointer,
@@ -194,8 +195,49 @@ def cpu_fwd(
     return y
 
 
-def why_not_cpu(x: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """Why the CPU kernels cannot take this weight, or None."""
+def cuda_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    activation: str | None,
+) -> torch.Tensor:
+    """The `cuda` backend."""
+    rows = unit_stride(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
+    M, K = rows.shape
+    b, b_dtype = cuda_parameter(bias)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    backend.launch_cuda(
+        "linear_decode_fwd",
+        rows,
+        rows,
+        rows.stride(0),
+        _aligned(weight),
+        _aligned(scale),
+        _aligned(zero),
+        b,
+        b_dtype,
+        y,
+        M,
+        out_features,
+        K,
+        FORMAT_CODES[weight.dtype],
+        ACTIVATIONS.index(activation),
+    )
+    return y
+
+
+def _aligned(t: torch.Tensor | None) -> torch.Tensor | None:
+    """t, contiguous and at an address that loads of 16 bytes take."""
+    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def why_not_kernel(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why the kernels cannot take this weight, or None."""
     return None if weight.dtype in FORMAT_CODES else f"its weight is {weight.dtype}"
 
 
@@ -203,7 +245,11 @@ OP = backend.Op(
     "linear_decode",
     {
         "torch": backend.Implementation(reference_fwd),
-        "cpu": backend.Implementation(cpu_fwd, why_not=why_not_cpu),
+        "cpu": backend.Implementation(cpu_fwd, why_not=why_not_kernel),
+        "triton": backend.triton_implementation(
+            "linear_decode", why_not=why_not_kernel, forward_only=True
+        ),
+        "cuda": backend.Implementation(cuda_fwd, why_not=why_not_kernel),
     },
 )
 
@@ -264,8 +310,9 @@ def linear_decode(
         RuntimeError: tensors on different devices; a backend is forced that cannot run the call;
             differentiation, since this is for inference.
 
-    Limits: the CPU kernels are made for up to 16 rows. More are multiplied 64 at a time for each
-        time that W is read, which with many rows is slower than a matrix library.
+    Limits: the kernels are made for up to 16 rows. More are multiplied 64 at a time (CPU; 16 on a
+        GPU) for each time that W is read, which with many rows is slower than a matrix library. On
+        a GPU at most 2^20 - 16 rows.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", 2022 (weights alone in few bits, for decoding); Dettmers and Zettlemoyer, "The
