@@ -22,6 +22,7 @@ void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear_decode(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
+void register_sampling(py::module_& m);
 void register_simd_probe(py::module_& m);
 #ifdef GPTFAST_CUDA
 void register_cuda(py::module_& m);
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   register_layer_norm(m);
   register_linear_decode(m);
   register_linear_cross_entropy(m);
+  register_sampling(m);
   register_simd_probe(m);
 #ifdef GPTFAST_CUDA
   auto cuda = m.def_submodule("cuda", "The launchers of csrc/cuda/launchers.h.");

@@ -27,6 +27,7 @@ from gptfast.ops import (
     rms_norm,
     rope,
     rope_cache,
+    sample,
     swiglu,
 )
 from gptfast.patching import patch, sdpa_override, unpatch
@@ -58,6 +59,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_cache",
+    "sample",
     "sdpa_override",
     "swiglu",
     "unpatch",

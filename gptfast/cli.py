@@ -140,6 +140,10 @@ class Generate:
     """Draw from this many likeliest tokens. None: from all."""
     top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Draw from the likeliest tokens that together have this probability. None: from all."""
+    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Draw from tokens with this fraction of the largest probability. None: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are there already become less likely."""
     seed: Annotated[int | None, arg(metavar="INT")] = None
     """The same seed gives the same text. None: a random one, which is printed."""
     stop: UseAppendAction[tuple[str, ...]] = ()
@@ -165,6 +169,8 @@ class Generate:
             temperature=0.0 if self.greedy else self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             generator=torch.Generator().manual_seed(seed),
             stop=self.stop,
         )

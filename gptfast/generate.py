@@ -1,8 +1,7 @@
 """Generation: tokens and text from a model, one at a time, with a cache of keys and values.
 
-With logits z of the next token: p = softmax(z / temperature) over the top_k most likely tokens, cut
-to the smallest set of most likely tokens that has a mass of at least top_p; the token is drawn from
-p. Temperature 0 takes the most likely token.
+A token is drawn by `gptfast.sample`: from softmax(logits / temperature), cut by top_k, top_p and
+min_p. Temperature 0 takes the most likely token.
 
 The cache holds block_size tokens. When it is full, it starts again from the last block_size // 2
 tokens: positions are absolute, so that keys cannot just move up, and to compute the whole window
@@ -15,13 +14,14 @@ it.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from gptfast import decoder
+from gptfast import backend, decoder
 from gptfast.models import GPT
+from gptfast.ops.sample import check_sampling, sample
 from gptfast.tokenizer import GPT2Tokenizer, StreamDecoder, Tokenizer
 
 __all__ = ["generate", "generate_text", "pick_device", "stream"]
@@ -35,6 +35,8 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     stop_tokens: Collection[int] = (),
     vocab_size: int | None = None,
@@ -48,7 +50,10 @@ def stream(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; None keeps all.
         top_p: keep the most likely tokens that together have this probability; None keeps all.
-        generator: random numbers, on the CPU or the model's device; None is the device's own.
+        min_p: keep tokens with this fraction of the largest probability; None keeps all.
+        repetition_penalty: divides positive logits of tokens that are there already, multiplies
+            negative ones; 1 changes nothing.
+        generator: the seed of the draws comes from it; None is PyTorch's own of the CPU.
         stop_tokens: tokens that end the text; they are not returned.
         vocab_size: tokens from here on are never drawn (a padded vocabulary); None allows all.
 
@@ -56,15 +61,16 @@ def stream(
         An iterator of the new tokens. The model is in evaluation mode until it ends.
 
     Raises:
-        ValueError: no ids, or an argument out of range.
+        ValueError: no ids, an argument out of range, or logits that are not numbers.
         IndexError: a token outside the vocabulary.
     """
     if not ids:
         raise ValueError("stream: expected at least one token to continue, got none")
     idx = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    _check(idx, max_new_tokens, temperature, top_k, top_p)
-    steps = _steps(model, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
-    return _until_stop(steps, stop_tokens)
+    options = _checked(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    return _until_stop(
+        _steps(model, idx, max_new_tokens, options, generator, vocab_size), stop_tokens
+    )
 
 
 def generate(
@@ -75,6 +81,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
     memory: torch.Tensor | None = None,
@@ -85,19 +93,20 @@ def generate(
         model: the model.
         idx: (B, T) int64 tokens, on the model's device.
         max_new_tokens: n, how many to draw for each.
-        temperature, top_k, top_p, generator, vocab_size: as in `stream`.
+        temperature, top_k, top_p, min_p, repetition_penalty, generator, vocab_size: as in
+            `stream`.
         memory: (B, S, C), what an encoder returned, for a model with cross attention.
 
     Returns:
         (B, T + n): idx and the new tokens.
 
     Raises:
-        ValueError: idx is not (B, T) or is empty, or an argument is out of range.
+        ValueError: idx is not (B, T) or is empty, an argument is out of range, or logits are not
+            numbers.
         IndexError: a token outside the vocabulary.
     """
-    _check(idx, max_new_tokens, temperature, top_k, top_p)
-    sampling = (temperature, top_k, top_p, generator, vocab_size)
-    new = list(_steps(model, idx, max_new_tokens, *sampling, memory))
+    options = _checked(idx, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    new = list(_steps(model, idx, max_new_tokens, options, generator, vocab_size, memory))
     return torch.cat([idx, *new], dim=1)
 
 
@@ -110,6 +119,8 @@ def generate_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
@@ -121,7 +132,7 @@ def generate_text(
         prompt: text, or its tokens; may be empty: the text then starts after `<|endoftext|>`, or
             with characters after a newline (token 0 where there is none).
         max_new_tokens: how many tokens to draw at most.
-        temperature, top_k, top_p, generator: as in `stream`.
+        temperature, top_k, top_p, min_p, repetition_penalty, generator: as in `stream`.
         stop: strings that end the text, wherever their characters come from; they are not returned.
 
     Returns:
@@ -142,6 +153,8 @@ def generate_text(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         generator=generator,
         stop_tokens=(tokenizer.end_of_text,) if isinstance(tokenizer, GPT2Tokenizer) else (),
         vocab_size=tokenizer.vocab_size,
@@ -172,23 +185,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _check(
+def _checked(
     idx: torch.Tensor,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-) -> None:
+    min_p: float | None,
+    repetition_penalty: float,
+) -> dict[str, Any]:
+    """The options of `sample`."""
     if idx.dim() != 2 or idx.numel() == 0:
         raise ValueError(f"generate: idx must be (B, T) with tokens in it, got {tuple(idx.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    check_sampling("generate", **options)
+    return options
 
 
 @torch.inference_mode()
@@ -196,9 +215,7 @@ def _steps(
     model: GPT,
     idx: torch.Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    options: dict[str, Any],
     generator: torch.Generator | None,
     vocab_size: int | None,
     memory: torch.Tensor | None = None,
@@ -206,12 +223,15 @@ def _steps(
     """Yield (B, 1) new tokens, max_new_tokens times."""
     block_size = model.config.block_size
     seen = idx[:, -block_size:]
+    previous = None if options["repetition_penalty"] == 1 else idx
     cache = model.new_cache(idx.shape[0])
+    device = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     with _evaluating(model):
         fast = None
         if decoder.why_not(model, idx.shape[0]) is None:
             fast = decoder.Decoder(model, cache)
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             if cache.length == block_size:
                 cache.reset()
                 seen = seen[:, -max(1, block_size // 2) :]
@@ -221,9 +241,22 @@ def _steps(
             else:
                 inputs = {} if memory is None else {"memory": memory}
                 logits = model(new, cache=cache, **inputs)[0]
-            token = _draw(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)
+            with _a_backend_that_draws():
+                token = sample(
+                    logits[:, -1, :vocab_size], **options, previous=previous, seed=seed, offset=step
+                )[:, None]
+            if not token.is_cuda and [-1] in token.tolist():  # a GPU is not waited for
+                raise ValueError("generate: logits must be finite numbers, got NaN or infinity")
             yield token
             seen = torch.cat([seen, token], dim=1)
+            if previous is not None:
+                previous = torch.cat([previous, token], dim=1)
+
+
+def _a_backend_that_draws() -> contextlib.AbstractContextManager[None]:
+    """Leaves triton, which has no kernel for it, where that is forced: all draw the same token."""
+    forced = backend.forced_backend()
+    return backend.use_backend("auto") if forced == "triton" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -235,33 +268,6 @@ def _evaluating(model: GPT) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _draw(
-    logits: torch.Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
-    """(B, V) logits to (B, 1) tokens."""
-    if temperature == 0 or top_k == 1:
-        return logits.argmax(-1, keepdim=True)
-    # float64, and the largest logit 0: no temperature above 0 overflows or underflows to 0 / 0.
-    z = logits.double()
-    z = (z - z.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < z.shape[-1]:
-        # By index and not by value, so that equal logits do not make it more than k.
-        values, tokens = z.topk(top_k, dim=-1)
-        z = torch.full_like(z, -math.inf).scatter(-1, tokens, values)
-    p = z.softmax(-1)
-    if top_p is not None and top_p < 1:
-        sorted_p, tokens = p.sort(-1, descending=True)
-        mass_before = sorted_p.cumsum(-1) - sorted_p
-        p = torch.zeros_like(p).scatter(-1, tokens, sorted_p * (mass_before < top_p))
-    if generator is not None:
-        p = p.to(generator.device)
-    return torch.multinomial(p, 1, generator=generator).to(logits.device)
 
 
 def _until_stop(steps: Iterator[torch.Tensor], stop_tokens: Collection[int]) -> Iterator[int]:

@@ -98,7 +98,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
 
 
 def test_every_option_has_help(capsys):
-    for command, number in (("prepare", 8), ("train", 35), ("generate", 11), ("doctor", 2)):
+    for command, number in (("prepare", 8), ("train", 35), ("generate", 13), ("doctor", 2)):
         found = option_help(capsys, command, "--help")
         assert len(found) >= number
         assert found.pop("-h")
@@ -211,6 +211,7 @@ def test_greedy(trained, capsys):
     assert greedy == generated(capsys, trained, "--temperature=0")
     assert greedy == generated(capsys, trained, "--top-k=1", "--seed=3")
     assert greedy == generated(capsys, trained, "--top-p=0.0001")
+    assert greedy == generated(capsys, trained, "--min-p=1")
     assert greedy == generated(capsys, trained, "--greedy", "--backend=torch", "--device=cpu")
 
 
@@ -243,6 +244,8 @@ def test_stop(trained, capsys):
         (["--prompt=Zoë"], "got 'Z' at position 0"),
         (["--top-k=0"], "top_k must be at least 1, got 0"),
         (["--top-p=2"], "top_p must be in (0, 1], got 2.0"),
+        (["--min-p=-1"], "min_p must be in [0, 1], got -1.0"),
+        (["--repetition-penalty=0"], "repetition_penalty must be above 0, got 0.0"),
         (["--temperature=-1"], "temperature must be at least 0, got -1.0"),
         (["--max-new-tokens=-1"], "max_new_tokens must be at least 0, got -1"),
         (["--stop="], "stop must be strings that are not empty"),

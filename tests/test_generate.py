@@ -146,6 +146,36 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     assert (draws(logits, temperature=0.1, top_p=0.9) > 0).sum() == 1
 
 
+def test_min_p_keeps_what_is_near_the_most_likely():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for min_p, kept in [(0.05, 4), (0.2, 3), (0.5, 2), (0.7, 1), (1.0, 1)]:
+        expected = torch.where(torch.arange(4) < kept, p, 0).double()
+        given_p = draws(p.log().tolist(), min_p=min_p)
+        assert (given_p > 0).tolist() == (expected > 0).tolist()
+        assert (given_p - expected / expected.sum()).abs().max() < 0.04
+
+
+def test_tokens_that_are_there_become_less_likely():
+    model = FixedLogits(torch.tensor([3.0, 2.0, 1.5, -1.0]))
+    tokens = list(stream(model, [0], 5, temperature=0, repetition_penalty=10.0))
+    assert tokens == [1, 2, 0, 0, 0]  # of 3, 2 and 1.5 a tenth is left, of -1 ten times
+    tokens = list(stream(model, [0], 3, temperature=0, repetition_penalty=0.1))
+    assert tokens == [0, 0, 0]
+    # Also of tokens that the window no longer sees: the model has 64.
+    tokens = list(stream(model, [1] + [0] * 80, 1, temperature=0, repetition_penalty=1.6))
+    assert tokens == [0]
+    tokens = list(stream(model, [1] + [0] * 80, 1, temperature=0, repetition_penalty=2.5))
+    assert tokens == [2]
+
+
+def test_logits_that_are_not_numbers():
+    for bad in (float("nan"), float("inf")):
+        model = FixedLogits(torch.tensor([0.0, bad, 1.0]))
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match="logits must be finite numbers, got NaN or inf"):
+                list(stream(model, [0], 5, temperature=temperature))
+
+
 def test_a_padded_vocabulary_is_never_drawn():
     model = FixedLogits(torch.tensor([0.0, 0.0, 50.0, 60.0]))
     tokens = list(stream(model, [0], 50, generator=seeded(), vocab_size=2))
@@ -210,6 +240,9 @@ def test_stop_tokens():
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1\.5"),
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\], got nan"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1\.5"),
+        ({"min_p": -0.5}, r"min_p must be in \[0, 1\], got -0\.5"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be above 0, got 0\.0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
     ],
 )

@@ -127,6 +127,7 @@ void register_cuda(pybind11::module_& m) {
   BIND(layer_norm_bwd);
   BIND(layer_norm_fwd);
   BIND(linear_decode_fwd);
+  BIND(sample);
 #undef BIND
 #ifndef GPTFAST_CUDA_ON_CPU
   m.def("versions", &gptfast::versions);

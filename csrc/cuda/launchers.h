@@ -130,4 +130,12 @@ void linear_decode_fwd(const void* x, int64_t stride_x, const void* weight, cons
                        int64_t N, int64_t K, int format, int activation, DType dtype,
                        cudaStream_t stream);
 
+// logits: (B, V), rows stride_row elements apart; V at most 2^18. previous: (B, P), rows
+// stride_previous apart, null where P is 0; what is not in [0, V) counts as absent. tokens: (B,).
+// The other numbers are SamplingRule's, of csrc/common/sampling.h.
+void sample(const void* logits, int64_t stride_row, const int64_t* previous,
+            int64_t stride_previous, int64_t P, int64_t* tokens, int64_t B, int64_t V,
+            float penalty, float steps, int64_t top_k, int64_t share, int64_t min_weight,
+            uint64_t seed, uint64_t offset, DType dtype, cudaStream_t stream);
+
 }  // namespace gptfast::cuda

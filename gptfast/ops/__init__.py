@@ -24,6 +24,7 @@ from gptfast.ops.linear_decode import (
 )
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_cache
+from gptfast.ops.sample import sample
 
 __all__ = [
     "QuantizedWeight",
@@ -49,5 +50,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_cache",
+    "sample",
     "swiglu",
 ]

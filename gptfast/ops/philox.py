@@ -35,6 +35,15 @@ def random_bits(
     seed: torch.Tensor, counter: tuple[torch.Tensor, ...], lane: torch.Tensor
 ) -> torch.Tensor:
     """16 of Philox's 128 bits at a counter of four words: the ones that `lane`, 0 to 7, says."""
+    c0, c1, c2, c3 = philox(seed, counter)
+    word = torch.where(lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3))
+    return torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
+
+
+def philox(
+    seed: torch.Tensor | int, counter: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four words of 32 random bits, in int64, at a counter of four words."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = seed & mask, (seed >> 32) & mask
@@ -44,8 +53,7 @@ def random_bits(
         high1, low1 = _multiply_wide(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    word = torch.where(lane < 4, torch.where(lane < 2, c0, c1), torch.where(lane < 6, c2, c3))
-    return torch.where(lane % 2 == 1, word >> 16, word & 0xFFFF)
+    return c0, c1, c2, c3
 
 
 def dropout_threshold(dropout_p: float) -> int:

@@ -210,6 +210,14 @@ void run_linear_decode(int64_t M, int64_t N, int64_t K, bool zero_points, DType 
   run(int4.get(), scales, zero_points ? zero.get() : nullptr, 4);
 }
 
+void run_sample(int64_t B, int64_t V, float steps, int64_t top_k, int64_t share, DType dtype) {
+  const Buffer logits(B * V, dtype);
+  const auto tokens = std::make_unique<int64_t[]>(B), previous = std::make_unique<int64_t[]>(B * 4);
+  for (int64_t i = 0; i < B * 4; ++i) previous[i] = i % V - 1;
+  gptfast::cuda::sample(logits, V, previous.get(), 4, 4, tokens.get(), B, V, 1.5f, steps, top_k,
+                        share, int64_t{1} << 30, 7, 8, dtype, nullptr);
+}
+
 }  // namespace
 
 int main() {
@@ -237,6 +245,9 @@ int main() {
       run_linear_decode(1, 16, 64, false, dtype);
       run_linear_decode(3, 37, 131, true, dtype);   // nothing is whole
       run_linear_decode(18, 20, 600, true, dtype);  // rows in two parts, K in more than one
+      run_sample(2, 37, 0.0f, 37, int64_t{1} << 31, dtype);  // greedy
+      run_sample(2, 2500, 3e7f, 2500, int64_t{1} << 31, dtype);
+      run_sample(1, 2501, 3e7f, 40, int64_t{1} << 30, dtype);
     }
   }
   for (const DType dtype : {DType::BF16, DType::F16}) {

@@ -493,8 +493,16 @@ T atomicAdd(T* address, T value) {
   return std::exchange(*address, *address + value);
 }
 
+template <class T>
+T atomicOr(T* address, T value) {
+  cuda_on_cpu::Unwatched unwatched;
+  return std::exchange(*address, *address | value);
+}
+
 inline void __threadfence() {}
 using std::max;
 using std::min;
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
