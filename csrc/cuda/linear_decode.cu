@@ -171,7 +171,7 @@ struct Activations {  // x and y
 
 // blockIdx.x: panels; blockIdx.y: rows, kRows at a time.
 template <class Steps, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     linear_decode_kernel(Activations a, Weight w, Parameter bias, int warps_per_panel,
                          bool gelu_tanh) {
   DYN_SMEM(bytes);
