@@ -43,6 +43,12 @@ def test_no_spills_and_wide_accesses():
             assert row.store_bits == 128 or row.kernel.startswith(ONLY_SCALARS), row.key
 
 
+def test_attention_multiplies_on_matrix_units_and_copies_16_bytes():
+    rows = [r for r in ROWS if re.match(r"attention_(fwd|decode)_kernel", r.kernel)]
+    assert len(rows) == 2 * 2 * 4 * len(TARGETS)  # kernels, dtypes and widths
+    assert all(r.matrix_instr and r.async_bits == r.store_bits == 128 for r in rows)
+
+
 def test_a_worse_entry_is_noticed():
     row = ROWS[0]
     assert cuda_report.worse(row, row) == []
