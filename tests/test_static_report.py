@@ -106,9 +106,20 @@ def test_no_kernel_is_worse(reported):
 # ---- What it promises ----------------------------------------------------------------------------
 
 
+# (target, kernel, shape) -> bytes a thread, where what does not spill is slower: see WGMMA.
+KNOWN_SPILLS = {
+    ("sm_90", "attention_bwd_dkdv_kernel", "1x4x2x512x512x128-causal=True"): 264,
+    (
+        "sm_90",
+        "attention_bwd_dkdv_kernel",
+        "2x1x128-lengths=((100, 100), (150, 150))-causal=True",
+    ): 304,
+}
+
+
 @have_table
 def test_no_spills():
-    spilling = [r for r in ROWS if r.spills]
+    spilling = [r for r in ROWS if r.spills > KNOWN_SPILLS.get((r.target, r.kernel, r.shape), 0)]
     assert not spilling, describe(spilling)
 
 
