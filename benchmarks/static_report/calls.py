@@ -17,7 +17,6 @@ from gptfast.optim import AdamW
 from gptfast.testing import OPS, Case, record_calls
 from gptfast.testing.case import VALUES
 
-
 # Not an import: gptfast.ops has a function of this name.
 LINEAR_CROSS_ENTROPY = sys.modules["gptfast.ops.linear_cross_entropy"]
 
