@@ -611,7 +611,7 @@ def test_dropout_in_multihead_attention():
     [
         ({}, (6, 11)),
         ({"ignore_index": 3, "label_smoothing": 0.1}, (6, 11)),
-        ({"weight": torch.rand(11) + 0.5, "reduction": "sum"}, (2, 11, 5)),
+        ({"weight": torch.linspace(0.5, 1.5, 11), "reduction": "sum"}, (2, 11, 5)),
         ({"reduction": "none"}, (6, 11)),
     ],
     ids=str,
