@@ -34,11 +34,19 @@ def on_the_cpu(seed=1):
         yield module
 
 
-RUN = [(c, d) for c in CASES if c.op in OURS for d in DTYPES if not refused(c, d)]
+def cases_and_dtypes():
+    """Each case in one dtype, in turns; `make test-slow` runs it in the others, too."""
+    for number, case in enumerate(c for c in CASES if c.op in OURS):
+        dtypes = [dtype for dtype in DTYPES if not refused(case, dtype)]
+        for turn, dtype in enumerate(dtypes):
+            marks = () if turn == number % len(dtypes) else pytest.mark.slow
+            yield pytest.param(case, dtype, id=f"{case}-{dtype}", marks=marks)
+
+
 REFUSED = [c for c in CASES if c.op in OURS and refused(c, torch.float16)]
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUN, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
 def test_case(case, dtype):
     problem = make_problem(case, dtype)
     results = []
@@ -53,12 +61,12 @@ def test_case(case, dtype):
 
 @pytest.mark.parametrize("op", OURS)
 def test_tails(op):
-    for n in range(1, 66):
-        for dtype in DTYPES:
-            case = OPS[op].tail(n)
-            if not refused(case, dtype):
-                with on_the_cpu():
-                    run_case(case, "cuda", dtype)
+    for n in range(1, 66):  # 3 dtypes in turns: each meets every remainder of a pack of 4 or 8
+        case = OPS[op].tail(n)
+        dtypes = [dtype for dtype in DTYPES if not refused(case, dtype)]
+        if dtypes:
+            with on_the_cpu():
+                run_case(case, "cuda", dtypes[n % len(dtypes)])
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)

@@ -26,7 +26,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# They take seconds each: every second one in `make test`, all in `make test-slow`.
+IN_TURNS = [
+    pytest.param(case, id=str(case), marks=pytest.mark.slow if number % 2 else ())
+    for number, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", IN_TURNS)
 def test_compiles(case):
     launches = [
         launch
