@@ -118,6 +118,13 @@ class AdamW(torch.optim.Optimizer):
             raise TypeError(
                 f"AdamW: lr must be a number or one float32, got {tuple(lr.shape)} {lr.dtype}"
             )
+        if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+            for p in group["params"]:
+                if p.device != lr.device:
+                    raise ValueError(
+                        f"AdamW: lr must be on the CPU or on {p.device}, where the parameters are, "
+                        f"got {lr.device}"
+                    )
         for name in ("lr", "eps", "weight_decay"):
             value = group[name]
             on_device = isinstance(value, torch.Tensor) and value.device.type != "cpu"

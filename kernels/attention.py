@@ -942,9 +942,12 @@ def _bwd(
             *common,
             {"HAS_DLSE": dlse is not None, "NEEDS_DQ": needs[0]},
         )
+    else:  # perhaps not even a head
+        dk.zero_()
+        dv.zero_()
     wanted = {"dkdv": needs[1:], "dk": [needs[1], False], "dv": [False, needs[2]]}
     for name in key_gradients(k.shape[-1], v.shape[-1], k.element_size(), target_of(k.device)):
-        if any(wanted[name]) and k.numel():
+        if any(wanted[name]) and k.numel() and q.numel():
             _launch(
                 attention_bwd_dkdv_kernel,
                 name,

@@ -298,6 +298,7 @@ def attention_decode_fwd(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if not q.numel():
         return o, lse
+    left = left if left < S else -1  # all keys; and a sum with it stays within 32 bits
     target = target_of(q.device)
     rows = T * H // H_kv
     config = pick_config(rows, D, Dv, q.element_size(), target)

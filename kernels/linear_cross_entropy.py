@@ -301,8 +301,9 @@ def linear_cross_entropy_dlogits_kernel(
         if SMOOTH:
             w = tl.load(class_weight_ptr + cols).to(tl.float32)[None, :]
             w_sum = tl.load(w_sum_ptr)
+    dloss = tl.load(dloss_ptr + rows.to(tl.int64) * stride_dloss)
     d = logit_gradient(
-        x, cols[None, :] == t[:, None], tl.load(dloss_ptr + rows * stride_dloss)[:, None],
+        x, cols[None, :] == t[:, None], dloss[:, None],
         tl.load(lse_ptr + rows)[:, None], w_t, w, w_sum, V, label_smoothing, z_loss, softcap,
         HAS_W, SMOOTH, HAS_SOFTCAP,
     )  # fmt: skip
@@ -467,7 +468,7 @@ def linear_cross_entropy_bwd(
     (M, C), V = x.shape, w.shape[0]
     dx = torch.empty_like(x) if needs[0] else x.new_empty(0)
     dw = torch.empty_like(w) if needs[1] else w.new_empty(0)
-    db = torch.empty_like(w[:, 0]) if needs[2] else w.new_empty(0)
+    db = w.new_empty(V if needs[2] else 0)
     if not M:
         return dx, dw.zero_(), db.zero_()
     flags = loss_flags(class_weight, label_smoothing, softcap)

@@ -157,7 +157,7 @@ def linear_decode_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `triton` backend of `gptfast::linear_decode_fwd`."""
-    rows = unit_stride(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
+    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     M, K = rows.shape
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     if not y.numel():

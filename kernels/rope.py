@@ -72,7 +72,7 @@ def _turn_heads(
     BLOCK_HALF: tl.constexpr,
 ):
     """One tile: some heads of some tokens of one sequence."""
-    h = (first + tl.arange(0, BLOCK_H))[None, :, None]
+    h = (first + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
     t = t[:, None, None]
     there = (t < T) & (h < heads)
     x_ptr += t * stride_row + h * stride_head

@@ -627,3 +627,19 @@ def test_a_group_that_does_not_fit_is_not_added(place):
     with pytest.raises(ValueError, match="lr must be at least 0"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "lr": -1})
     assert len(optimizer.param_groups) == 1
+
+
+def test_autograd_sees_that_parameters_changed(place):
+    w = torch.nn.Parameter(torch.ones(4, device=place.device))
+    y = (w * w).sum()
+    y.backward(retain_graph=True)
+    with gptfast.use_backend(place.backend):
+        AdamW([w], lr=0.5).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_lr_on_another_device_is_refused(place):
+    w = torch.nn.Parameter(torch.ones(2, device=place.device))
+    with pytest.raises(ValueError, match=rf"lr must be on the CPU or on {w.device}, .* got meta"):
+        AdamW([w], lr=torch.tensor(0.5, device="meta"))

@@ -268,3 +268,21 @@ def test_bits_do_not_depend_on_how_backward_is_split(shape, dtype):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("place", implemented("attention"), ids=str)
+def test_no_query_heads(place):
+    q, k = (torch.randn(1, H, 4, 16, device=place.device) for H in (0, 2))
+    k.requires_grad_()
+    if place.backend == "cuda":
+        pytest.skip("fp32, and no backward")
+    with gptfast.use_backend(place.backend):
+        gptfast.attention(q, k, k).sum().backward()
+    assert not k.grad.any()
+
+
+@pytest.mark.parametrize("window", [(1.5, 0), (torch.tensor(1), 0)])
+def test_a_window_of_something_else(window):
+    q = torch.randn(1, 1, 2, 4)
+    with pytest.raises(TypeError, match="window must be two integers"):
+        gptfast.attention(q, q, q, window=window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from places import implemented
 from torch.nn import functional as F
 
 import gptfast
@@ -213,3 +214,16 @@ def test_parts_fill_the_card_and_no_more():
 def test_a_target_is_assumed_without_a_gpu():
     with targets.assume("gfx942") as target:
         assert target.multiprocessors == 304
+
+
+@pytest.mark.parametrize("place", implemented("attention_decode"), ids=str)
+@pytest.mark.parametrize("left", [100, 2**31 - 1, 2**63 - 1])
+def test_a_window_wider_than_every_cache(place, left):
+    """With fewer tokens in the cache than queries, where the sum of positions is negative."""
+    q, k, v = (torch.randn(s, device=place.device) for s in ((1, 2, 4, 16), *((1, 8, 2, 16),) * 2))
+    length = torch.tensor([2], dtype=torch.int32, device=place.device)
+    with gptfast.use_backend(place.backend):
+        full = gptfast.attention_decode(q, k, v, length)
+        o = gptfast.attention_decode(q, k, v, length, window=(left, 0))
+    torch.testing.assert_close(o, full)
+    assert o[:, :, -1].any()

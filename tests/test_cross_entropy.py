@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from places import ISAS, at_level
+from places import ISAS, at_level, implemented
 from torch.nn import functional as F
 
 import gptfast
@@ -383,3 +383,15 @@ def test_autocast_casts_what_the_product_takes(rows):
     )
     assert torch.equal(loss, expected)
     assert torch.autograd.grad(loss.sum(), w)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("place", implemented("linear_cross_entropy"), ids=str)
+def test_no_columns_but_a_bias(place):
+    x, w, b = (torch.randn(s, device=place.device) for s in ((3, 0), (5, 0), (5,)))
+    b.requires_grad_()
+    target = torch.tensor([1, 2, 3], device=place.device)
+    with gptfast.use_backend(place.backend):
+        gptfast.linear_cross_entropy(x, w, target, b, reduction="none").sum().backward()
+    expected = 3 * b.detach().softmax(0)
+    expected[1:4] -= 1
+    torch.testing.assert_close(b.grad, expected)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from places import implemented
 from torch import nn
 from torch.nn import functional as F
 
@@ -219,3 +220,11 @@ def test_a_quantised_gpt_is_the_gpt_with_rounded_weights(format, zero_points):
     with torch.no_grad():
         exact = rounded.double()(idx)[0]
         assert_close_in_norm("logits", model(idx)[0], rounded.float()(idx)[0], exact)
+
+
+@pytest.mark.parametrize("place", implemented("linear_decode"), ids=str)
+def test_no_columns_and_more_dimensions(place):
+    x, w, b = (torch.randn(s, device=place.device) for s in ((2, 3, 0), (4, 0), (4,)))
+    with gptfast.use_backend(place.backend):
+        y = gptfast.linear_decode(x, w, b)
+    assert torch.equal(y, b.expand(2, 3, 4))

@@ -11,6 +11,10 @@ import time
 import pytest
 import torch
 from places import first_result
+from test_attention import test_no_query_heads  # noqa: F401 - the interpreter is another place
+from test_attention_decode import test_a_window_wider_than_every_cache  # noqa: F401
+from test_cross_entropy import test_no_columns_but_a_bias  # noqa: F401
+from test_linear_decode import test_no_columns_and_more_dimensions  # noqa: F401
 
 import gptfast
 from benchmarks.static_report.traffic import Counting

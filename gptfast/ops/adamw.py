@@ -405,7 +405,9 @@ def _fwd(
     tensors = params, grads, *states[:2], steps, masters
     seed = () if rounding_seed is None else (rounding_seed,)
     rest = groups, hyper, lrs, max_norm, grad_scale, found_inf, *seed
-    return implementation.fwd(*tensors, *rest)
+    result = implementation.fwd(*tensors, *rest)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps, *masters])
+    return result
 
 
 def _fake_fwd(params: Tensors, *rest: Any) -> torch.Tensor:

@@ -242,15 +242,20 @@ def run_cpu_bwd(
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
-    backend.extension().attention_bwd(  # type: ignore[union-attr]
-        *(heads_of(x) for x in (do, q, k, v, o)),
-        lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(),
-        *((0, 0, 0, 0) if g is None else heads_of(g) for g in grads),
-        _cpu_shape(q, k, v, lse, ends),
-        _cpu_options(options),
-        backend.DTYPE_CODES[q.dtype],
-    )
+    if q.numel() == 0:  # no queries, perhaps not even a head for the kernel to divide by
+        for g in grads:
+            if g is not None:
+                g.zero_()
+    else:
+        backend.extension().attention_bwd(  # type: ignore[union-attr]
+            *(heads_of(x) for x in (do, q, k, v, o)),
+            lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            *((0, 0, 0, 0) if g is None else heads_of(g) for g in grads),
+            _cpu_shape(q, k, v, lse, ends),
+            _cpu_options(options),
+            backend.DTYPE_CODES[q.dtype],
+        )
     return tuple(  # type: ignore[return-value]
         q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)
     )
@@ -571,6 +576,8 @@ def make_options(
     check_device(op, q.device, alibi_slopes=alibi_slopes)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, got {softcap}")
+    if window is not None and any(isinstance(n, (float, torch.Tensor)) for n in window):
+        raise TypeError(f"{op}: window must be two integers, got {window}")
     if window is not None and (len(window) != 2 or min(window) < -1):
         raise ValueError(f"{op}: window must be (left, right), each at least -1, got {window}")
     left, right = (-1, -1) if window is None else window

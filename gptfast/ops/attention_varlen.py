@@ -323,6 +323,9 @@ def attention_varlen(
     check_dtypes(op, torch.int32, **cu_seqlens)
     check_device(op, q.device, **cu_seqlens)
     shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+    for name, n in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(n, (float, torch.Tensor)):
+            raise TypeError(f"attention_varlen: {name} must be an integer, got {n!r}")
     if cu_seqlens_q.dim() != 1 or shapes[0] != shapes[1] or shapes[0] == (0,):
         raise ValueError(
             f"{op}: cu_seqlens_q and cu_seqlens_k must both be (B + 1,), "

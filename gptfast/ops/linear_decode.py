@@ -170,7 +170,7 @@ def cpu_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `cpu` backend."""
-    rows = unit_stride(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
+    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     M, K = rows.shape
     weight, b = weight.contiguous(), fp32_parameter(bias)
     if scale is not None:
@@ -205,7 +205,7 @@ def cuda_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `cuda` backend."""
-    rows = unit_stride(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
+    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     M, K = rows.shape
     b, b_dtype = cuda_parameter(bias)
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
