@@ -2,6 +2,8 @@
 `export`, `validate`, `plan` and `doctor`.
 
 Errors that a user can cause end as one line on standard error and exit status 2.
+
+Longer than 500 lines: every option of ten commands stands here, with its help.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from gptfast.kernels.gelu import gelu_phi
-from gptfast.ops.layout import unit_stride
+from gptfast.ops.layout import as_rows
 from gptfast.ops.linear_decode import PANEL
 from gptfast.targets import Target, target_of
 from gptfast.tuning import tunable
@@ -157,7 +157,7 @@ def linear_decode_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `triton` backend of `gptfast::linear_decode_fwd`."""
-    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    rows = as_rows(x)
     M, K = rows.shape
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     if not y.numel():

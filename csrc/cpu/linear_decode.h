@@ -13,7 +13,8 @@
 // weights meet x in exact integer products: each row of x is rounded to 24 bits of fixed point, in
 // three signed bytes,
 //   x_k = s (65536 d0_k + 256 d1_k + d2_k) + error,  |error| <= 2^-24 max_k |x_k|
-// and so is a matrix of three rows of int8.
+// and so is a matrix of three rows of int8. More than 500 lines: five formats of W, and for two of them
+// a second way to multiply.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -7,6 +7,7 @@ Everything else is as in `add_layer_norm`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,98 +46,54 @@ def reference_fwd(
     return y.to(x.dtype).contiguous(), r, rstd
 
 
-def reference_bwd(
-    r: torch.Tensor,
-    dy: torch.Tensor | None,
-    dr: torch.Tensor | None,
-    w: torch.Tensor | None,
-    rstd: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    needs: list[bool],
-) -> Tensors4:
-    """The gradient formulas in PyTorch."""
-    needs = [*needs[:3], False, needs[3]]
-    dresidual, dx, dw, _, dx_bias = layer_norm_bwd(
-        r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
-    )
-    return dresidual, dx, dw, dx_bias
+def _without_bias(backward: Callable[..., Any]) -> Callable[..., Tensors4]:
+    """The backward op, by one of `add_layer_norm` that needs neither mean nor bias."""
+
+    def bwd(
+        r: torch.Tensor,
+        dy: torch.Tensor | None,
+        dr: torch.Tensor | None,
+        w: torch.Tensor | None,
+        rstd: torch.Tensor,
+        seed: torch.Tensor | None,
+        dropout_p: float,
+        x_dtype: torch.dtype,
+        needs: list[bool],
+    ) -> Tensors4:
+        needs = [*needs[:3], False, needs[3]]
+        dresidual, dx, dw, _, dx_bias = backward(
+            r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
+        )
+        return dresidual, dx, dw, dx_bias
+
+    return bwd
 
 
-def cpu_fwd(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    w: torch.Tensor | None,
-    x_bias: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> Tensors3:
-    """The `cpu` backend of the forward op."""
-    y, r, _, rstd = cpu_forward(x, residual, w, None, x_bias, seed, eps, dropout_p, is_rms=True)
-    return y, r, rstd
+def _by_rows(forward: Callable[..., Any], backward: Callable[..., Any]) -> backend.Implementation:
+    """Both passes by a backend's kernels of `layer_norm`, which has a mean and a bias besides."""
 
+    def fwd(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        w: torch.Tensor | None,
+        x_bias: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        eps: float,
+        dropout_p: float,
+    ) -> Tensors3:
+        y, r, _, rstd = forward(x, residual, w, None, x_bias, seed, eps, dropout_p, is_rms=True)
+        return y, r, rstd
 
-def cpu_bwd(
-    r: torch.Tensor,
-    dy: torch.Tensor | None,
-    dr: torch.Tensor | None,
-    w: torch.Tensor | None,
-    rstd: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    needs: list[bool],
-) -> Tensors4:
-    """The `cpu` backend of the backward op."""
-    needs = [*needs[:3], False, needs[3]]
-    dresidual, dx, dw, _, dx_bias = cpu_backward(
-        r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
-    )
-    return dresidual, dx, dw, dx_bias
-
-
-def cuda_fwd(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    w: torch.Tensor | None,
-    x_bias: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> Tensors3:
-    """The `cuda` backend of the forward op."""
-    y, r, _, rstd = cuda_forward(x, residual, w, None, x_bias, seed, eps, dropout_p, is_rms=True)
-    return y, r, rstd
-
-
-def cuda_bwd(
-    r: torch.Tensor,
-    dy: torch.Tensor | None,
-    dr: torch.Tensor | None,
-    w: torch.Tensor | None,
-    rstd: torch.Tensor,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    needs: list[bool],
-) -> Tensors4:
-    """The `cuda` backend of the backward op."""
-    needs = [*needs[:3], False, needs[3]]
-    dresidual, dx, dw, _, dx_bias = cuda_backward(
-        r, dy, dr, w, None, rstd, seed, dropout_p, x_dtype, needs
-    )
-    return dresidual, dx, dw, dx_bias
+    return backend.Implementation(fwd, _without_bias(backward))
 
 
 OP = backend.Op(
     "add_rms_norm",
     {
-        "torch": backend.Implementation(reference_fwd, reference_bwd),
-        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
+        "torch": backend.Implementation(reference_fwd, _without_bias(layer_norm_bwd)),
+        "cpu": _by_rows(cpu_forward, cpu_backward),
         "triton": backend.triton_implementation("add_rms_norm", "layer_norm"),
-        "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
+        "cuda": _by_rows(cuda_forward, cuda_backward),
     },
 )
 

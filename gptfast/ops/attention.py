@@ -14,6 +14,9 @@ dx_ij = p_ij (z_ij do_i . v_j - delta_i) / cosh^2(x_ij / softcap)
 dq_i = scale sum_j dx_ij k_j,  dk_j = scale sum_i dx_ij q_i
 
 The mask of dropout is that of `gptfast/ops/philox.py`, with the index of (batch, head) as head.
+
+Longer than 500 lines: four backends take the same options, and `attention_varlen` and
+`attention_qkv` share their calls.
 """
 
 from __future__ import annotations

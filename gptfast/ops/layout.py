@@ -10,6 +10,11 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., K) as a matrix with a contiguous last dimension, also where K is 0."""
+    return unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+
+
 def empty_output(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
     """As x, (B, H, T, D), lying in memory as (B, T, H, D): merging the heads then copies nothing.
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from gptfast import backend
-from gptfast.ops.layout import unit_stride
+from gptfast.ops.layout import as_rows
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -170,7 +170,7 @@ def cpu_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `cpu` backend."""
-    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    rows = as_rows(x)
     M, K = rows.shape
     weight, b = weight.contiguous(), fp32_parameter(bias)
     if scale is not None:
@@ -205,7 +205,7 @@ def cuda_fwd(
     activation: str | None,
 ) -> torch.Tensor:
     """The `cuda` backend."""
-    rows = unit_stride(x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    rows = as_rows(x)
     M, K = rows.shape
     b, b_dtype = cuda_parameter(bias)
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)

@@ -19,6 +19,8 @@
 // It does not show what needs a GPU: blocks that run at the same time, memory order between them,
 // the hardware's layout of matrix fragments, speed. Launches come from one OS thread at a time (a
 // lock sees to it). Only x86-64 with the System V ABI, whose registers `fiber_switch` knows.
+//
+// One header of more than 500 lines, because it stands in for one, the runtime's.
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the host runner switches fibers in x86-64 assembly, for Linux"
