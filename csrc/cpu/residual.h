@@ -1,12 +1,22 @@
 // What the ops that add to the residual stream share: dropout's factors along a row, and calls by
 // the storage types of a branch and of the stream.
 #pragma once
+#include <utility>
+
 #include "isa.h"
 #include "parallel.h"
 #include "philox.h"
 
 namespace gptfast::GPTFAST_ISA {
 namespace {
+
+// a0 b0 a1 b1 ... into two vectors
+template <std::size_t... i>
+inline void zip(u32v a, u32v b, u32v out[2], std::index_sequence<i...>) {
+  out[0] = __builtin_shufflevector(a, b, (i % 2 * W + i / 2)...);
+  out[1] = __builtin_shufflevector(a, b, (i % 2 * W + W / 2 + i / 2)...);
+}
+inline void zip(u32v a, u32v b, u32v out[2]) { zip(a, b, out, std::make_index_sequence<W>{}); }
 
 // Factors z of one row of a matrix: column j is kept where 16 bits of the generator at counter
 // (row, j / 8, 0, 0) are below `threshold`.
@@ -27,14 +37,16 @@ class RowDropout {
       const u32v counters = bit_cast<u32v>(lane_index()) + static_cast<uint32_t>(j / 8);
       const Philox bits =
           philox(set1_u32(static_cast<uint32_t>(i)), counters, u32v{}, u32v{}, seed_);
-      uint32_t words[4][W];
-      for (int k = 0; k < 4; ++k) std::memcpy(words[k], &bits.word[k], sizeof words[k]);
-      for (int lane = 0; lane < W; ++lane)
-        for (int k = 0; k < 8; ++k) {
-          const uint32_t word = words[k / 2][lane];
-          const uint32_t drawn = k % 2 ? word >> 16 : word & 0xffff;
-          z[j + 8 * lane + k] = drawn < threshold_ ? scale_ : 0.0f;
-        }
+      // A counter's four words, one after the other, are its eight columns in order.
+      u32v words[4], even[2], odd[2];
+      zip(bits.word[0], bits.word[2], even);
+      zip(bits.word[1], bits.word[3], odd);
+      zip(even[0], odd[0], words);
+      zip(even[1], odd[1], words + 2);
+      u16v drawn[8];
+      std::memcpy(drawn, words, sizeof drawn);
+      for (int k = 0; k < 8; ++k)
+        store(z + j + k * W, select(widen(drawn[k]) < threshold_, set1(scale_), f32v{}));
     }
     return z;
   }
