@@ -14,14 +14,17 @@ namespace py = pybind11;
 
 void register_adamw(py::module_& m);
 void register_attention(py::module_& m);
+void register_attention_decode(py::module_& m);
 void register_ceiling_probe(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_decode_step(py::module_& m);
 void register_dropout_add(py::module_& m);
+void register_embedding(py::module_& m);
 void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear_decode(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
+void register_rope(py::module_& m);
 void register_sampling(py::module_& m);
 void register_simd_probe(py::module_& m);
 #ifdef GPTFAST_CUDA
@@ -63,14 +66,17 @@ PYBIND11_MODULE(_C, m) {
   });
   register_adamw(m);
   register_attention(m);
+  register_attention_decode(m);
   register_ceiling_probe(m);
   register_cross_entropy(m);
   register_decode_step(m);
   register_dropout_add(m);
+  register_embedding(m);
   register_gelu(m);
   register_layer_norm(m);
   register_linear_decode(m);
   register_linear_cross_entropy(m);
+  register_rope(m);
   register_sampling(m);
   register_simd_probe(m);
 #ifdef GPTFAST_CUDA

@@ -1,4 +1,4 @@
-"""Ops with a backward: forward and backward alone, or both in one call, for every contender."""
+"""Ops: forward and backward alone, or both in one call, for every contender."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def built(
     more: Mapping[str, Function] | None = None,
     reference: Function | None = None,
     alike: bool = True,
+    differentiable: bool = True,
 ) -> Built:
     """A work whose contenders are functions of `inputs`.
 
@@ -38,16 +39,17 @@ def built(
         more: other contenders.
         reference: what gptfast must agree with, where `peer` leaves something out.
         alike: whether both compute the same: not where each draws its own dropout.
+        differentiable: whether inputs get gradients; else only "fwd" can be timed.
     """
     functions: dict[str, Function] = {OURS: ours, EAGER: peer, **(more or {})}
     if compile:
         functions[COMPILED] = compiled(peer)
     calls: dict[str, dict[str, Call]] = {name: {} for name in limits}
     torch.manual_seed(0)
-    results = functions[EAGER](*_leaves(inputs))
+    results = functions[EAGER](*_leaves(inputs, differentiable))
     dys = [torch.randn_like(y) for y in _tuple(results)]
     for name, function in functions.items():
-        for passes, call in _passes(function, inputs, dys).items():
+        for passes, call in _passes(function, _leaves(inputs, differentiable), dys).items():
             if passes in calls:
                 calls[passes][name] = call
 
@@ -55,15 +57,14 @@ def built(
         for case in cases:
             run_case(case, "auto", dtype)
         if alike:
-            judge_alike(inputs, ours, reference or peer, dys, dtype)
+            judge_alike(inputs, ours, reference or peer, dys, dtype, differentiable)
 
     return Built(calls, limits, check)
 
 
 def _passes(
-    function: Function, inputs: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]
+    function: Function, leaves: Sequence[torch.Tensor], dys: Sequence[torch.Tensor]
 ) -> dict[str, Call]:
-    leaves = _leaves(inputs)
     wanted = [x for x in leaves if x.requires_grad]
     held: list[Any] = []  # the graph that "bwd" walks again and again
 
@@ -84,6 +85,7 @@ def judge_alike(
     peer: Function,
     dys: Sequence[torch.Tensor],
     dtype: torch.dtype,
+    differentiable: bool = True,
 ) -> None:
     """Raise unless gptfast agrees with PyTorch in fp32 at the size that is timed.
 
@@ -94,12 +96,12 @@ def judge_alike(
     """
     found = []
     for function, wide in ((ours, False), (peer, True)):
-        leaves = _leaves([x.float() if wide and x.is_floating_point() else x for x in inputs])
+        cast = [x.float() if wide and x.is_floating_point() else x for x in inputs]
+        leaves = _leaves(cast, differentiable)
         wanted = [x for x in leaves if x.requires_grad]
         outputs = _tuple(function(*leaves))
-        grads = torch.autograd.grad(
-            outputs, wanted, [dy.to(y.dtype) for y, dy in zip(outputs, dys, strict=True)]
-        )
+        incoming = [dy.to(y.dtype) for y, dy in zip(outputs, dys, strict=True)]
+        grads = torch.autograd.grad(outputs, wanted, incoming) if wanted else ()
         found.append([x.detach().float() for x in (*outputs, *grads)])
     allowed = 1e-5 if dtype == torch.float32 else 0.02
     for number, (got, expected) in enumerate(zip(*found, strict=True)):
@@ -114,8 +116,8 @@ def example_cases(op: str) -> tuple[Case, ...]:
     return (*row.examples, row.many)
 
 
-def _leaves(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+def _leaves(inputs: Sequence[torch.Tensor], differentiable: bool) -> list[torch.Tensor]:
+    return [x.detach().requires_grad_(differentiable and x.is_floating_point()) for x in inputs]
 
 
 def _tuple(results: Any) -> tuple[torch.Tensor, ...]:

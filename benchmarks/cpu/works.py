@@ -67,7 +67,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 def all_works() -> dict[str, Work]:
     """Every work by name, in the order of the table."""
-    from benchmarks.cpu import gpt2, losses, optimizers, pointwise, scores
+    from benchmarks.cpu import gpt2, lookups, losses, optimizers, pointwise, scores
 
-    modules = (pointwise, scores, losses, optimizers, gpt2)
+    modules = (pointwise, lookups, scores, losses, optimizers, gpt2)
     return {work.name: work for module in modules for work in module.WORKS}

@@ -21,16 +21,13 @@
 
 #include "attention_products.h"
 #include "attention_scores.h"
+#include "heads.h"
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace gptfast {
 
-struct Heads {  // (B, H, T, D) with contiguous D; strides in elements
-  uintptr_t address;
-  int64_t stride_b, stride_h, stride_t;
-};
 struct AttentionShape {
   int64_t B, H, H_kv, T, S, D, Dv;  // T queries, S keys
   // Packed sequences: sequence b has tokens ends[b] to ends[b + 1] - 1; its stride_b is 0. Or null.
@@ -73,11 +70,6 @@ struct Sequence {
     first_k = shape.ends_k[b], S = shape.ends_k[b + 1] - first_k;
   }
 };
-
-template <class T>
-T* row(Heads x, int64_t b, int64_t h, int64_t t) {
-  return reinterpret_cast<T*>(x.address) + b * x.stride_b + h * x.stride_h + t * x.stride_t;
-}
 
 inline int64_t lse_index(const AttentionShape& shape, int64_t b, int64_t h, int64_t t) {
   return b * shape.stride_lse_b + h * shape.stride_lse_h + t;
@@ -180,12 +172,7 @@ void forward_blocks(const Forward& call, int64_t b, int64_t h, int64_t begin, in
       const bool moved = scores.dropout.active()
                              ? block.softmax.template add<true>(tile, at, factor, scores.dropout)
                              : block.softmax.template add<false>(tile, at, factor, scores.dropout);
-      if (moved)
-        for (int64_t d = 0; d < Dv; ++d)
-          for (int64_t m = 0; m < at.lanes(); m += W) {
-            float* number = o_t + d * kQueries + m;
-            store(number, load(number) * load(block.softmax.rescale + m));
-          }
+      if (moved) block.softmax.apply_rescale(o_t, Dv, at);
       p.template pack_tile<kRight>(tile, kQueries, keys, at.queries);
       Unit::multiply(Dv, at.queries, keys, v.left_transposed(), p.right(), o_t, kQueries, true);
     }
@@ -532,15 +519,7 @@ REGISTER_KERNEL(attention_bwd)
 REGISTER_KERNEL(attention_dropout_mask)
 
 #ifdef GPTFAST_BASELINE
-#include "../common/bind.h"
 namespace gptfast {
-template <>
-struct FromPython<Heads> {
-  using type = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-  static Heads get(type t) {
-    return std::apply([](auto... field) { return Heads{field...}; }, t);
-  }
-};
 template <>
 struct FromPython<AttentionShape> {
   // B, H, H_kv, T, S, D, Dv, ends_q, ends_k, stride_lse_b, stride_lse_h
@@ -559,18 +538,6 @@ struct FromPython<AttentionShape> {
             reinterpret_cast<const int32_t*>(ends_k),
             stride_lse_b,
             stride_lse_h};
-  }
-};
-template <>
-struct FromPython<AttentionOptions> {
-  // scale, left, right, softcap, (slopes, stride_slopes_b, stride_slopes_h), dropout_threshold, seed
-  using type = std::tuple<float, int64_t, int64_t, float, std::tuple<uintptr_t, int64_t, int64_t>,
-                          int64_t, int64_t>;
-  static AttentionOptions get(type t) {
-    const auto [scale, left, right, softcap, slopes, threshold, seed] = t;
-    const auto [address, stride_b, stride_h] = slopes;
-    return {scale,    left,     right,     softcap, reinterpret_cast<const float*>(address),
-            stride_b, stride_h, threshold, seed};
   }
 };
 }  // namespace gptfast

@@ -114,10 +114,14 @@ class Scores {
 
   bool has_softcap() const { return softcap_ != 0; }
 
-  // The score of x = q . k at a distance from the diagonal, before the mask, in units of log2.
+  // The score of x = q . k before ALiBi and the mask.
+  f32v capped(f32v x) const {
+    const f32v s = x * scale_;
+    return has_softcap() ? softcap_ * tanh(s * (1 / softcap_)) : s;
+  }
+  // The score at a distance from the diagonal, before the mask, in units of log2.
   f32v of(f32v x, f32v distance) const {
-    f32v s = x * scale_;
-    if (has_softcap()) s = softcap_ * tanh(s * (1 / softcap_));
+    f32v s = capped(x);
     if (slope_ != 0) s -= slope_ * abs(distance);
     return s * kLog2E;
   }
@@ -204,6 +208,15 @@ struct Softmax {
     return moved;
   }
 
+  // What was summed up before, a row of `at.stride` lanes for each of `rows` sums, times `rescale`.
+  void apply_rescale(float* sums, int64_t rows, const TileShape& at) const {
+    for (int64_t d = 0; d < rows; ++d)
+      for (int64_t m = 0; m < at.lanes(); m += W) {
+        float* number = sums + d * at.stride + m;
+        store(number, load(number) * load(rescale + m));
+      }
+  }
+
  private:
   static f32v maximum(const float* column, const TileShape& at) {
     f32v top[4];  // four of them, to hide the latency of max
@@ -236,3 +249,21 @@ void score_gradients(float* scores, float* dp, const TileShape& at, float factor
 
 }  // namespace
 }  // namespace gptfast::GPTFAST_ISA
+
+#ifdef GPTFAST_BASELINE
+#include "../common/bind.h"
+namespace gptfast {
+template <>
+struct FromPython<AttentionOptions> {
+  // scale, left, right, softcap, (slopes, stride_slopes_b, stride_slopes_h), dropout_threshold, seed
+  using type = std::tuple<float, int64_t, int64_t, float, std::tuple<uintptr_t, int64_t, int64_t>,
+                          int64_t, int64_t>;
+  static AttentionOptions get(type t) {
+    const auto [scale, left, right, softcap, slopes, threshold, seed] = t;
+    const auto [address, stride_b, stride_h] = slopes;
+    return {scale,    left,     right,     softcap, reinterpret_cast<const float*>(address),
+            stride_b, stride_h, threshold, seed};
+  }
+};
+}  // namespace gptfast
+#endif

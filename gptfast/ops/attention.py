@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptfast import backend
-from gptfast.ops.layout import empty_output, unit_stride
+from gptfast.ops.layout import empty_output, heads_of, unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -199,7 +199,7 @@ def run_cpu_fwd(
         *(heads_of(x) for x in (q, k, v, o)),
         lse.data_ptr(),
         _cpu_shape(q, k, v, lse, ends),
-        _cpu_options(options),
+        cpu_options(options),
         backend.DTYPE_CODES[q.dtype],
     )
 
@@ -256,19 +256,12 @@ def run_cpu_bwd(
             0 if dlse is None else dlse.data_ptr(),
             *((0, 0, 0, 0) if g is None else heads_of(g) for g in grads),
             _cpu_shape(q, k, v, lse, ends),
-            _cpu_options(options),
+            cpu_options(options),
             backend.DTYPE_CODES[q.dtype],
         )
     return tuple(  # type: ignore[return-value]
         q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)
     )
-
-
-def heads_of(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of (B, H, T, D), or of packed sequences (N, H, D)."""
-    if x.dim() == 4:
-        return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
-    return x.data_ptr(), 0, x.stride(1), x.stride(0)
 
 
 def _cpu_shape(
@@ -283,7 +276,8 @@ def _cpu_shape(
     return ends[0].shape[0] - 1, H, k.shape[1], N, k.shape[0], D, Dv, *addresses, 0, N
 
 
-def _cpu_options(options: Options) -> tuple[float, int, int, float, tuple[int, ...], int, int]:
+def cpu_options(options: Options) -> tuple[float, int, int, float, tuple[int, ...], int, int]:
+    """The kernels' AttentionOptions; also of `attention_decode`."""
     slopes = options.alibi_slopes
     address_and_strides: tuple[int, ...] = (0, 0, 0)
     if slopes is not None:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import heads_of, make_options, why_not_triton
+from gptfast.ops.attention import Options, cpu_options, make_options, why_not_triton
 from gptfast.ops.attention import why_not_cuda as why_not_cuda_heads
-from gptfast.ops.layout import empty_output
+from gptfast.ops.layout import empty_output, heads_of, unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
@@ -120,6 +120,47 @@ def pick_parts(
     return max(1, min(wanted, S // least, MAX_PARTS))
 
 
+def cpu_fwd(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    left: int,
+    softcap: float,
+) -> Tensors2:
+    """The `cpu` backend of the forward op."""
+    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    cache_seqlens = cache_seqlens.contiguous()
+    table = None if block_table is None else block_table.contiguous()
+    o = empty_output(q, v_cache.shape[-1])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    backend.extension().attention_decode_fwd(  # type: ignore[union-attr]
+        *(heads_of(x) for x in (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), o)),
+        lse.data_ptr(),
+        cpu_shape(q, k_cache, v_cache, cache_seqlens, table),
+        cpu_options(Options(None, alibi_slopes, scale, left, 0, softcap, 0.0)),
+        backend.DTYPE_CODES[q.dtype],
+    )
+    return o, lse
+
+
+def cpu_shape(
+    x: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    table: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """The kernels' CacheShape, for x (B, H, T, D); also of `kv_cache_append`."""
+    B, H, T, _ = x.shape
+    _, page_size, H_kv, D = k_cache.shape
+    pages = (0, 0) if table is None else (table.data_ptr(), table.shape[1])
+    return B, H, H_kv, T, D, v_cache.shape[3], cache_seqlens.data_ptr(), *pages, page_size
+
+
 def cuda_fwd(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -194,6 +235,7 @@ OP = backend.Op(
     "attention_decode",
     {
         "torch": backend.Implementation(reference_fwd),
+        "cpu": backend.Implementation(cpu_fwd),
         "triton": backend.triton_implementation(
             "attention_decode", why_not=why_not_triton, forward_only=True
         ),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention import heads_of, make_options
+from gptfast.ops.attention import make_options
 from gptfast.ops.attention import why_not_cuda as why_not_cuda_heads
 from gptfast.ops.attention_decode import OP as DECODE
 from gptfast.ops.attention_decode import (
@@ -31,7 +31,7 @@ from gptfast.ops.attention_decode import (
 from gptfast.ops.attention_decode import why_not_cuda as why_not_cuda_decode
 from gptfast.ops.kv_cache_append import OP as APPEND
 from gptfast.ops.kv_cache_append import check_new_tokens
-from gptfast.ops.layout import empty_output
+from gptfast.ops.layout import empty_output, heads_of
 from gptfast.ops.library import check_device, define, statistics_dtype
 from gptfast.ops.rope import OP as ROPE
 from gptfast.ops.rope import check_tables
@@ -109,6 +109,7 @@ OP = backend.Op(
     "attention_decode_append",
     {
         "torch": backend.Implementation(_in_turns("torch")),
+        "cpu": backend.Implementation(_in_turns("cpu")),
         "triton": backend.Implementation(_in_turns("triton"), why_not=why_not_triton),
         "cuda": backend.Implementation(cuda_fwd, why_not=why_not_cuda),
     },

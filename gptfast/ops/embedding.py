@@ -47,10 +47,29 @@ def check_tokens(idx: torch.Tensor, V: int) -> None:
         )
 
 
+def cpu_bwd(dy: torch.Tensor, idx: torch.Tensor, V: int, padding_idx: int) -> torch.Tensor:
+    """The `cpu` backend of the backward op; forward is PyTorch's copy of rows."""
+    dy, idx = dy.contiguous(), idx.to(torch.int64).contiguous()
+    C = dy.shape[-1]
+    dw = dy.new_empty(V, C)
+    backend.extension().embedding_bwd(  # type: ignore[union-attr]
+        dy.data_ptr(),
+        idx.data_ptr(),
+        dw.data_ptr(),
+        idx.numel(),
+        C,
+        V,
+        padding_idx,
+        backend.DTYPE_CODES[dy.dtype],
+    )
+    return dw
+
+
 OP = backend.Op(
     "embedding",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(reference_fwd, cpu_bwd),
         "triton": backend.triton_implementation("embedding"),
     },
 )

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention_decode import capacity, check_caches, check_entries
+from gptfast.ops.attention_decode import capacity, check_caches, check_entries, cpu_shape
+from gptfast.ops.layout import heads_of
 from gptfast.ops.library import check_device, check_dtypes, define
 
 
@@ -46,10 +47,33 @@ def reference_fwd(
         cache[page, slot] = torch.where(is_new.any(), new, cache[page, slot])
 
 
+def cpu_fwd(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> None:
+    """The `cpu` backend of the op."""
+    cache_seqlens = cache_seqlens.contiguous()
+    table = None if block_table is None else block_table.contiguous()
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        backend.extension().kv_cache_append(  # type: ignore[union-attr]
+            heads_of(x),
+            x.stride(-1),
+            heads_of(cache.transpose(1, 2)),
+            cache.stride(-1),
+            cpu_shape(x, cache, cache, cache_seqlens, table),
+            backend.DTYPE_CODES[x.dtype],
+        )
+
+
 OP = backend.Op(
     "kv_cache_append",
     {
         "torch": backend.Implementation(reference_fwd),
+        "cpu": backend.Implementation(cpu_fwd),
         "triton": backend.triton_implementation("kv_cache_append", forward_only=True),
     },
 )

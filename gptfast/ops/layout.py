@@ -22,3 +22,10 @@ def empty_output(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
     """
     B, H, T, _ = x.shape
     return x.new_empty(B, T, H, x.shape[-1] if D is None else D).transpose(1, 2)
+
+
+def heads_of(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of (B, H, T, D), or of packed sequences (N, H, D)."""
+    if x.dim() == 4:
+        return (x.data_ptr(), *x.stride()[:3])  # type: ignore[return-value]
+    return x.data_ptr(), 0, x.stride(1), x.stride(0)

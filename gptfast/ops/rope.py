@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from gptfast import backend
-from gptfast.ops.layout import empty_output
+from gptfast.ops.layout import empty_output, heads_of, unit_stride
 from gptfast.ops.library import (
     check_device,
     check_dtypes,
     check_floating,
     define,
+    fp32_parameter,
+    pointer,
     statistics_dtype,
 )
 
@@ -61,10 +63,45 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
     return result
 
 
+def cpu_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    back: bool = False,
+) -> Tensors2:
+    """The `cpu` backend of the forward op; with `back` the rotation is by the opposite angles."""
+    q, k = unit_stride(q), None if k is None else unit_stride(k)
+    turned = [q.new_empty(0) if x is None else empty_output(x) for x in (q, k)]
+    B, H, T, D = q.shape
+    half = cos.shape[-1]
+    tables = fp32_parameter(cos), fp32_parameter(sin)
+    nowhere = (0, 0, 0, 0)
+    backend.extension().rope(  # type: ignore[union-attr]
+        heads_of(q),
+        heads_of(turned[0]),
+        nowhere if k is None else heads_of(k),
+        nowhere if k is None else heads_of(turned[1]),
+        *map(pointer, tables),
+        (B, H, 0 if k is None else k.shape[1], T, D, half, T * half if cos.dim() == 3 else 0),
+        interleaved,
+        back,
+        backend.DTYPE_CODES[q.dtype],
+    )
+    return turned[0], turned[1]
+
+
+def cpu_bwd(dq: torch.Tensor, *args: Any) -> Tensors2:
+    """The `cpu` backend of the backward op."""
+    return cpu_fwd(dq, *args, back=True)
+
+
 OP = backend.Op(
     "rope",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("rope"),
     },
 )

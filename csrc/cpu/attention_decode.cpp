@@ -1,0 +1,394 @@
+// Attention of a few new tokens to a cache of keys and values, contiguous or paged, and the appending
+// to it. gptfast/ops/attention_decode.py has the maths.
+//
+// The T queries of all heads that share a key head are rows of one problem: keys and values are read
+// once for all of them. A task has a key head, a block of rows, and a part of at most kPart keys, and
+// leaves an unnormalised o, its maximum and its sum for each row; in the end these merge in order.
+// How keys are split does not depend on the threads, and so neither do the bits.
+//
+// Up to four rows are handled one by one, with the scores along the keys: a tile would leave most of
+// its lanes unused. More of them are the lanes of attention's tiles (attention_products.h).
+#include <algorithm>
+#include <type_traits>
+
+#include "attention_products.h"
+#include "attention_scores.h"
+#include "heads.h"
+#include "isa.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace gptfast {
+
+struct CacheShape {
+  int64_t B, H, H_kv, T, D, Dv;
+  const int32_t* lengths;  // (B,), keys of each sequence
+  // Key j of sequence b is slot j % page_size of page table[b * max_pages + j / page_size]; without a
+  // table, slot j of page b.
+  const int32_t* table;
+  int64_t max_pages, page_size;
+};
+
+}  // namespace gptfast
+
+// A cache is Heads of pages: stride_b from page to page, stride_t from slot to slot.
+// lse is (B, H, T) fp32. options: causal, without dropout.
+DECLARE_KERNEL(attention_decode_fwd,
+               void(Heads q, Heads k_cache, Heads v_cache, Heads o, float* lse, CacheShape shape,
+                    AttentionOptions options, DType dtype))
+// The last T keys of each sequence, as far as it has them, become x (B, H_kv, T, D), of which stride_d
+// and cache_stride_d are the strides of D.
+DECLARE_KERNEL(kv_cache_append, void(Heads x, int64_t stride_d, Heads cache, int64_t cache_stride_d,
+                                     CacheShape shape, DType dtype))
+
+namespace gptfast::GPTFAST_ISA {
+namespace {
+
+constexpr int64_t kPart = 512;  // keys: some 10 us of reading at D = 64, twice the price of a fork
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kGrainBytes = 65536;  // copied by a thread: some 5 us
+
+struct Place {
+  int64_t page, slot;
+};
+inline Place place_of(const CacheShape& shape, int64_t b, int64_t key) {
+  if (!shape.table) return {b, key};
+  return {shape.table[b * shape.max_pages + key / shape.page_size], key % shape.page_size};
+}
+
+struct Decode {
+  Heads q, k, v, o;
+  float* lse;
+  CacheShape shape;
+  AttentionOptions options;
+  int64_t parts;                 // room for so many of each sequence
+  float *sums, *tops, *o_parts;  // (B, H_kv, parts, rows), and for o with Dv behind them
+
+  int64_t group() const { return shape.H / shape.H_kv; }
+  int64_t rows() const { return group() * shape.T; }
+  // Row m belongs to query m % T of head m / T of the group.
+  int64_t head(int64_t h_kv, int64_t m) const { return h_kv * group() + m / shape.T; }
+  int64_t index(int64_t b, int64_t h_kv, int64_t part, int64_t m) const {
+    return ((b * shape.H_kv + h_kv) * parts + part) * rows() + m;
+  }
+  Band band(int64_t b) const { return Band(options, shape.T, shape.lengths[b]); }
+};
+
+// What a task has to do: rows [row, row_end) and keys [key, key_end) of sequence b.
+struct Task {
+  int64_t b, h_kv, part, row, row_end, key, key_end;
+};
+
+// Calls body(n, x) with each key n of a task, counted from its first, and its row of a cache.
+template <class T, class Body>
+inline void for_each_key(const Decode& call, const Task& task, Heads cache, const Body& body) {
+  for (int64_t key = task.key; key < task.key_end;) {
+    const Place at = place_of(call.shape, task.b, key);
+    const int64_t end = smaller(task.key_end, key + call.shape.page_size - at.slot);
+    const T* x = row<const T>(cache, at.page, task.h_kv, at.slot);
+    for (; key < end; ++key, x += cache.stride_t) body(key - task.key, x);
+  }
+}
+
+// At most kFewRows rows, one by one.
+template <class T>
+void visit_rows(const Decode& call, const Task& task) {
+  const CacheShape& shape = call.shape;
+  const int64_t D = shape.D, width = ceil_to(D, W), keys = task.key_end - task.key;
+  const int64_t rows = task.row_end - task.row;
+  static thread_local Scratch q_scratch, p_scratch, v_scratch;
+  float* q = q_scratch.reserve(rows * width);
+  float* p = p_scratch.reserve(rows * kPart);
+  const T** values = v_scratch.reserve<const T*>(kPart);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t m = task.row + r;
+    const T* from = row<const T>(call.q, task.b, call.head(task.h_kv, m), m % shape.T);
+    for_each_vector(D,
+                    [&](int64_t d, auto part) { store(q + r * width + d, part.load(from + d)); });
+  }
+  for_each_key<T>(call, task, call.k, [&](int64_t n, const T* k) {
+    for (int64_t r = 0; r < rows; ++r) {
+      f32v dot{};
+      for_each_vector(
+          D, [&](int64_t d, auto part) { dot += part.load(k + d) * load(q + r * width + d); });
+      p[r * kPart + n] = reduce_add(dot);
+    }
+  });
+  for_each_key<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
+
+  const Band band = call.band(task.b);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t m = task.row + r, query = m % shape.T, h = call.head(task.h_kv, m);
+    const Scores scores(call.options, shape.T, shape.lengths[task.b], task.b, h, shape.H);
+    float* scores_of_row = p + r * kPart;
+    // keys [begin, end) of the task are seen
+    const int64_t begin = smaller(keys, larger(0, band.begin(query) - task.key));
+    const int64_t end = larger(begin, smaller(keys, band.end(query) - task.key));
+    const float diagonal = static_cast<float>(query + band.diagonal() - task.key);
+    f32v top = set1(-FLT_MAX), sum{};
+    for_each_vector(end - begin, [&](int64_t i, auto part) {
+      float* at = scores_of_row + begin + i;
+      const f32v distance = static_cast<float>(begin + i) - diagonal + lane_numbers();
+      const f32v s = scores.of(part.load(at), distance);
+      part.store(at, s);
+      top = max(part.live(s, set1(-FLT_MAX)), top);
+    });
+    const float highest = reduce_max(top);
+    for_each_vector(end - begin, [&](int64_t i, auto part) {
+      float* at = scores_of_row + begin + i;
+      const f32v prob = part.live(exp2(part.load(at) - highest), f32v{});
+      sum += prob;
+      part.store(at, prob);
+    });
+    const int64_t index = call.index(task.b, task.h_kv, task.part, m);
+    call.tops[index] = highest;
+    call.sums[index] = reduce_add(sum);
+    float* out = call.o_parts + index * shape.Dv;
+    for_each_vector(shape.Dv, [&](int64_t d, auto part) {
+      f32v acc[4] = {};  // four sums, to hide the latency of the addition
+      int64_t n = begin;
+      for (; n + 4 <= end; n += 4)
+        for (int64_t i = 0; i < 4; ++i)
+          acc[i] += scores_of_row[n + i] * part.load(values[n + i] + d);
+      for (; n < end; ++n) acc[0] += scores_of_row[n] * part.load(values[n] + d);
+      part.store(out + d, acc[0] + acc[1] + (acc[2] + acc[3]));
+    });
+  }
+}
+
+// Keys [key, key + n) of a cache, n rows of D with one stride: copied where they lie in several pages.
+template <class T>
+struct KeyRows {
+  const T* data;
+  int64_t stride;
+
+  KeyRows(const Decode& call, Heads cache, const Task& task, int64_t key, int64_t n, int64_t D,
+          Scratch& scratch) {
+    const Place at = place_of(call.shape, task.b, key);
+    data = row<const T>(cache, at.page, task.h_kv, at.slot);
+    stride = cache.stride_t;
+    if (at.slot + n <= call.shape.page_size) return;
+    T* copy = scratch.reserve<T>(kKeys * D);
+    const Task part{task.b, task.h_kv, 0, 0, 0, key, key + n};
+    for_each_key<T>(call, part, cache,
+                    [&](int64_t i, const T* x) { std::memcpy(copy + i * D, x, D * sizeof(T)); });
+    data = copy;
+    stride = D;
+  }
+};
+
+// tile: q . k, which becomes the score, -inf where it is masked, up to the factor that is returned.
+// diagonal: the key of each row, counted from the tile's first, that is its own.
+float finish_rows(float* tile, const TileShape& at, const Scores& scores, const Decode& call,
+                  bool covered, const int32_t* diagonal, const float* slopes) {
+  if (covered && !scores.has_softcap() && !call.options.slopes && call.options.scale >= 0)
+    return call.options.scale * kLog2E;
+  const int64_t left = call.options.left;
+  const int32_t span = left < 0 ? INT32_MAX : static_cast<int32_t>(smaller(left, INT32_MAX));
+  for (int64_t m = 0; m < at.lanes(); m += W) {
+    i32v own;
+    std::memcpy(&own, diagonal + m, sizeof own);
+    for (int64_t n = 0; n < at.keys; ++n) {
+      float* score = tile + n * at.stride + m;
+      const i32v behind =
+          own - static_cast<int32_t>(n);  // how far the key lies before the row's own
+      f32v s = scores.capped(load(score));
+      if (call.options.slopes) s -= load(slopes + m) * abs(__builtin_convertvector(behind, f32v));
+      s = select((behind >= 0) & (behind <= span), s * kLog2E, set1(-INFINITY));
+      store(score, s);
+    }
+  }
+  return 1.0f;
+}
+
+// Any rows, Unit::kQueries at most, as the lanes of score tiles.
+template <class Unit, class T>
+void visit_tiles(const Decode& call, const Task& task) {
+  constexpr int64_t kLanes = Unit::kQueries;
+  const CacheShape& shape = call.shape;
+  const int64_t D = shape.D, Dv = shape.Dv, rows = task.row_end - task.row;
+  const int64_t length = shape.lengths[task.b], width = Unit::width(Dv), o_size = width * kLanes;
+  static thread_local typename Unit::Operand q, k, v, p;
+  static thread_local Scratch q_scratch, k_scratch, v_scratch, tile_scratch, o_t_scratch, o_scratch;
+  [[maybe_unused]] const typename Unit::Session session;
+  T* q_rows = q_scratch.reserve<T>(kLanes * D);
+  float* tile = tile_scratch.reserve(kKeys * kLanes);
+  float* o_t = o_t_scratch.reserve(o_size);
+  float* o_rows = o_scratch.reserve(o_size);
+  alignas(64) int32_t diagonal[kMostQueries] = {};
+  alignas(64) float slopes[kMostQueries] = {};
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t m = task.row + r, h = call.head(task.h_kv, m);
+    std::memcpy(q_rows + r * D, row<const T>(call.q, task.b, h, m % shape.T), D * sizeof(T));
+    if (call.options.slopes)
+      slopes[r] =
+          call.options
+              .slopes[task.b * call.options.stride_slopes_b + h * call.options.stride_slopes_h];
+  }
+  q.template pack<kRightTransposed>(q_rows, D, rows, D);
+  Softmax softmax;
+  softmax.clear();
+  std::memset(o_t, 0, o_size * sizeof(float));
+
+  const Scores scores(call.options, shape.T, length, task.b, 0, shape.H);  // of no head's slope
+  for (int64_t key = task.key; key < task.key_end; key += kKeys) {
+    const int64_t keys = smaller(kKeys, task.key_end - key);
+    const KeyRows<T> k_rows(call, call.k, task, key, keys, D, k_scratch);
+    const KeyRows<T> v_rows(call, call.v, task, key, keys, Dv, v_scratch);
+    k.template pack<kLeft>(k_rows.data, k_rows.stride, keys, D);
+    v.template pack<kLeftTransposed>(v_rows.data, v_rows.stride, keys, Dv);
+    const TileShape at{task.row, rows, key, keys, kLanes};
+    Unit::multiply(keys, rows, D, k.left(), q.right_transposed(), tile, kLanes, false);
+    const bool covered = scores.band.begin(shape.T - 1) <= key && key + keys <= scores.band.end(0);
+    for (int64_t r = 0; r < rows; ++r)
+      diagonal[r] = static_cast<int32_t>((task.row + r) % shape.T + length - shape.T - key);
+    const float factor = finish_rows(tile, at, scores, call, covered, diagonal, slopes);
+    if (softmax.template add<false>(tile, at, factor, scores.dropout))
+      softmax.apply_rescale(o_t, Dv, at);
+    p.template pack_tile<kRight>(tile, kLanes, keys, rows);
+    Unit::multiply(Dv, rows, keys, v.left_transposed(), p.right(), o_t, kLanes, true);
+  }
+
+  transpose(o_t, kLanes, width, ceil_to(rows, W), o_rows, width);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t index = call.index(task.b, task.h_kv, task.part, task.row + r);
+    call.tops[index] = softmax.top[r];
+    call.sums[index] = softmax.sum[r];
+    std::memcpy(call.o_parts + index * Dv, o_rows + r * width, Dv * sizeof(float));
+  }
+}
+
+// o and lse of one row from its parts.
+template <class T>
+void merge(const Decode& call, int64_t b, int64_t h_kv, int64_t m, int64_t parts) {
+  const CacheShape& shape = call.shape;
+  float top = -FLT_MAX, sum = 0;
+  for (int64_t part = 0; part < parts; ++part)
+    top = std::max(top, call.tops[call.index(b, h_kv, part, m)]);
+  auto weight = [&](int64_t part) {
+    return exp2(set1(call.tops[call.index(b, h_kv, part, m)] - top))[0];
+  };
+  for (int64_t part = 0; part < parts; ++part)
+    sum += weight(part) * call.sums[call.index(b, h_kv, part, m)];
+  const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+  const int64_t h = call.head(h_kv, m), t = m % shape.T;
+  T* out = row<T>(call.o, b, h, t);
+  for_each_vector(shape.Dv, [&](int64_t d, auto vector) {
+    f32v total{};
+    for (int64_t part = 0; part < parts; ++part)
+      total +=
+          weight(part) * vector.load(call.o_parts + call.index(b, h_kv, part, m) * shape.Dv + d);
+    vector.store(out + d, total * inverse);
+  });
+  call.lse[(b * shape.H + h) * shape.T + t] = sum == 0 ? -INFINITY : top * kLn2 + std::log(sum);
+}
+
+template <class Unit, class T>
+void decode(Decode& call) {
+  const CacheShape& shape = call.shape;
+  // The keys that some query of a sequence sees begin at `first`.
+  auto first = [&](int64_t b) { return call.band(b).begin(0); };
+  auto parts_of = [&](int64_t b) { return (shape.lengths[b] - first(b) + kPart - 1) / kPart; };
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < shape.B; ++b) {
+    call.parts = std::max(call.parts, parts_of(b));
+    pairs += shape.lengths[b] - first(b);
+  }
+  const int64_t rows = call.rows(), lines = shape.B * shape.H_kv * call.parts * rows;
+  Scratch workspace;
+  call.sums = workspace.reserve(lines * (2 + shape.Dv));
+  call.tops = call.sums + lines;
+  call.o_parts = call.tops + lines;
+
+  const int64_t block = rows <= kFewRows ? kFewRows : Unit::kQueries;
+  const int64_t blocks = (rows + block - 1) / block, heads = shape.B * shape.H_kv;
+  const int64_t flops = 2 * pairs * shape.H * shape.T * (shape.D + shape.Dv);
+  parallel_for_dynamic(heads * call.parts * blocks, flops, [&](int64_t i) {
+    const int64_t part = i / blocks % call.parts, head = i / blocks / call.parts;
+    const int64_t b = head / shape.H_kv, row = i % blocks * block;
+    if (part >= parts_of(b)) return;
+    const int64_t key = first(b) + part * kPart, end = smaller(key + kPart, shape.lengths[b]);
+    const Task task{b, head % shape.H_kv, part, row, smaller(row + block, rows), key, end};
+    if (rows <= kFewRows)
+      visit_rows<T>(call, task);
+    else
+      visit_tiles<Unit, T>(call, task);
+  });
+  parallel_for_dynamic(heads * rows, 2 * lines * shape.Dv, [&](int64_t i) {
+    const int64_t b = i / rows / shape.H_kv;
+    merge<T>(call, b, i / rows % shape.H_kv, i % rows, parts_of(b));
+  });
+}
+
+void attention_decode_fwd(Heads q, Heads k_cache, Heads v_cache, Heads o, float* lse,
+                          CacheShape shape, AttentionOptions options, DType dtype) {
+  Decode call{q, k_cache, v_cache, o, lse, shape, options, 0, nullptr, nullptr, nullptr};
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<T, bf16>)
+      decode<TileUnit, T>(call);
+    else
+#endif
+      decode<VectorUnit, T>(call);
+  });
+}
+
+void kv_cache_append(Heads x, int64_t stride_d, Heads cache, int64_t cache_stride_d,
+                     CacheShape shape, DType dtype) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t D = shape.D, bytes = shape.H_kv * D * static_cast<int64_t>(sizeof(T));
+    parallel_for(shape.B * shape.T, kGrainBytes / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / shape.T, t = i % shape.T, key = shape.lengths[b] - shape.T + t;
+        if (key < 0) continue;
+        const Place at = place_of(shape, b, key);
+        for (int64_t h = 0; h < shape.H_kv; ++h) {
+          const T* from = row<const T>(x, b, h, t);
+          T* to = row<T>(cache, at.page, h, at.slot);
+          if (stride_d == 1 && cache_stride_d == 1)
+            std::memcpy(to, from, D * sizeof(T));
+          else
+            for (int64_t d = 0; d < D; ++d) to[d * cache_stride_d] = from[d * stride_d];
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace gptfast::GPTFAST_ISA
+
+REGISTER_KERNEL(attention_decode_fwd)
+REGISTER_KERNEL(kv_cache_append)
+
+#ifdef GPTFAST_BASELINE
+namespace gptfast {
+template <>
+struct FromPython<CacheShape> {
+  // B, H, H_kv, T, D, Dv, lengths, table, max_pages, page_size
+  using type = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
+                          uintptr_t, int64_t, int64_t>;
+  static CacheShape get(type t) {
+    const auto [B, H, H_kv, T, D, Dv, lengths, table, max_pages, page_size] = t;
+    return {B,
+            H,
+            H_kv,
+            T,
+            D,
+            Dv,
+            reinterpret_cast<const int32_t*>(lengths),
+            reinterpret_cast<const int32_t*>(table),
+            max_pages,
+            page_size};
+  }
+};
+}  // namespace gptfast
+void register_attention_decode(pybind11::module_& m) {
+  gptfast::bind_kernel(m, "attention_decode_fwd", gptfast::kernel_attention_decode_fwd);
+  gptfast::bind_kernel(m, "kv_cache_append", gptfast::kernel_kv_cache_append);
+}
+#endif
