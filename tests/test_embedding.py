@@ -67,3 +67,38 @@ def test_the_module_loads_torchs_weights():
     torch.testing.assert_close(*results)
     loaded = gptfast.nn.Embedding.from_pretrained(W, freeze=False)
     assert torch.equal(loaded(IDX), W[IDX])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_large_vocabulary(isa, dtype):
+    """Several blocks of columns, pieces of the vocabulary, and a result that is streamed."""
+    V, C, N = 10_000, 1100, 3000
+    idx = (torch.rand(N) ** 4 * V).long()  # the first token a tenth of the time
+    dy = torch.randn(N, C).to(dtype)
+    dw = torch.ops.gptfast.embedding_bwd(dy, idx, V, 1)
+    exact = torch.zeros(V, C, dtype=torch.float64).index_add_(0, idx, dy.double())
+    size = torch.zeros(V, C, dtype=torch.float64).index_add_(0, idx, dy.double().abs())
+    exact[1] = 0  # the padding
+    # Each of n - 1 sums rounds once, and the result once to its dtype.
+    count = idx.bincount(minlength=V)[:, None]
+    bound = count * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((dw.double() - exact).abs() <= bound).all()
+
+
+def test_a_token_that_is_not_there_gives_no_gradient(isa):
+    idx = torch.tensor([3, 8, -1, 2**40])
+    dy = torch.randn(4, 5)
+    with gptfast.use_backend("cpu"):
+        dw = torch.ops.gptfast.embedding_bwd(dy, idx, 8, -1)
+    assert torch.equal(dw[3], dy[0])
+    dw[3] = 0
+    assert not dw.any()
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    V, C = 2**21 + 1, 1024  # 4 GiB
+    dy = torch.randn(2, C).bfloat16()
+    dw = torch.ops.gptfast.embedding_bwd(dy, torch.tensor([V - 1, 0]), V, -1)
+    assert torch.equal(dw[[V - 1, 0]], dy)
+    assert not dw[1:-1].any()

@@ -640,3 +640,32 @@ def test_offsets_attention(many, T):
     q[..., -3] = 800  # times the 3 of the last key, over 8: all weight lies on it
     o = gptfast.attention(q, k, k)
     assert torch.equal(o, k[:, :, -1:].expand(o.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_offsets_rope(many, interleaved):
+    far = many.numel() - 8
+    q = many.as_strided((1, 2, 1, 8), (0, far, 8, 1))  # the second head is the last 8 elements
+    cos, sin = (x[3:4] for x in gptfast.rope_cache(4, 8))
+    turned, _ = gptfast.rope(q, q, cos, sin, interleaved=interleaved)
+    expected, _ = gptfast.rope(q.contiguous(), None, cos, sin, interleaved=interleaved)
+    assert turned[0, 1].any()
+    assert torch.equal(turned, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 5])  # the path of few rows, and that of tiles
+def test_offsets_attention_decode(many, T):
+    k = many.view(1, -1, 1, 64)
+    q = torch.zeros(1, 1, T, 64, dtype=torch.bfloat16)
+    q[..., -3] = 800  # as in `test_offsets_attention`
+    lengths = torch.tensor([k.shape[1]], dtype=torch.int32)
+    o = gptfast.attention_decode(q, k, k, lengths)
+    assert torch.equal(o[:, :, -1], k[:, -1])
+    new = torch.full((1, 1, 1, 64), 7.0, dtype=torch.bfloat16)
+    cache = many.as_strided((1, 2, 1, 64), (0, many.numel() - 64, 64, 1))
+    kept = cache[:, 1].clone()
+    gptfast.kv_cache_append(new, new, cache, cache, torch.tensor([2], dtype=torch.int32))
+    assert (many[-64:] == 7).all()
+    cache[:, 1] = kept
