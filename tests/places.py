@@ -49,9 +49,16 @@ DECODE = ("attention_decode", "attention_decode_append")
 ATTENTION = ("attention", "attention_qkv", "attention_varlen", *DECODE)
 
 
+# Their C++ copies memory, or is that of other ops: the best SIMD level shows it.
+ONE_LEVEL = ("attention_decode_append", "kv_cache_append")
+
+
 def implemented(op: str) -> list[Place]:
     """The places where an op has an implementation."""
-    return [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+    places = [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+    if op in ONE_LEVEL:
+        places = [p for p in places if p.isa not in ISAS[:-1]]
+    return places
 
 
 def refused(case: Case, dtype: torch.dtype) -> str | None:

@@ -7,7 +7,8 @@
 // How keys are split does not depend on the threads, and so neither do the bits.
 //
 // Up to four rows are handled one by one, with the scores along the keys: a tile would leave most of
-// its lanes unused. More of them are the lanes of attention's tiles (attention_products.h).
+// its lanes unused. Where the heads of a key lie next to each other, a task has several of them, so
+// that memory is read in order. More rows are the lanes of attention's tiles (attention_products.h).
 #include <algorithm>
 #include <type_traits>
 
@@ -44,8 +45,10 @@ DECLARE_KERNEL(kv_cache_append, void(Heads x, int64_t stride_d, Heads cache, int
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-constexpr int64_t kPart = 512;  // keys: some 10 us of reading at D = 64, twice the price of a fork
+constexpr int64_t kPart = 256;  // keys: some 5 us of reading at D = 64, the price of a fork
 constexpr int64_t kFewRows = 4;
+constexpr int64_t kHeads = 16;  // their scores of a part, kFewRows each, fill the first-level cache
+constexpr int64_t kKeysAtOnce = 4;      // values that are summed before o is stored
 constexpr int64_t kGrainBytes = 65536;  // copied by a thread: some 5 us
 
 struct Place {
@@ -74,9 +77,9 @@ struct Decode {
   Band band(int64_t b) const { return Band(options, shape.T, shape.lengths[b]); }
 };
 
-// What a task has to do: rows [row, row_end) and keys [key, key_end) of sequence b.
+// What a task has to do: rows [row, row_end) of some key heads and keys [key, key_end) of sequence b.
 struct Task {
-  int64_t b, h_kv, part, row, row_end, key, key_end;
+  int64_t b, h_kv, h_kv_end, part, row, row_end, key, key_end;
 };
 
 // Calls body(n, x) with each key n of a task, counted from its first, and its row of a cache.
@@ -90,71 +93,80 @@ inline void for_each_key(const Decode& call, const Task& task, Heads cache, cons
   }
 }
 
-// At most kFewRows rows, one by one.
+// At most kFewRows rows of some heads, one by one: first all scores, key after key and head after head,
+// then the softmax of each row, then the sums of values in the same order as the scores.
 template <class T>
 void visit_rows(const Decode& call, const Task& task) {
   const CacheShape& shape = call.shape;
-  const int64_t D = shape.D, width = ceil_to(D, W), keys = task.key_end - task.key;
-  const int64_t rows = task.row_end - task.row;
+  const int64_t D = shape.D, Dv = shape.Dv, width = ceil_to(D, W), keys = task.key_end - task.key;
+  const int64_t rows = call.rows(), heads = task.h_kv_end - task.h_kv;
   static thread_local Scratch q_scratch, p_scratch, v_scratch;
-  float* q = q_scratch.reserve(rows * width);
-  float* p = p_scratch.reserve(rows * kPart);
+  float* q = q_scratch.reserve(heads * rows * width);
+  float* p = p_scratch.reserve(heads * rows * kPart);
   const T** values = v_scratch.reserve<const T*>(kPart);
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t m = task.row + r;
-    const T* from = row<const T>(call.q, task.b, call.head(task.h_kv, m), m % shape.T);
+  for (int64_t i = 0; i < heads * rows; ++i) {
+    const int64_t m = i % rows, h = call.head(task.h_kv + i / rows, m);
+    const T* from = row<const T>(call.q, task.b, h, m % shape.T);
     for_each_vector(D,
-                    [&](int64_t d, auto part) { store(q + r * width + d, part.load(from + d)); });
+                    [&](int64_t d, auto part) { store(q + i * width + d, part.load(from + d)); });
   }
   for_each_key<T>(call, task, call.k, [&](int64_t n, const T* k) {
-    for (int64_t r = 0; r < rows; ++r) {
-      f32v dot{};
-      for_each_vector(
-          D, [&](int64_t d, auto part) { dot += part.load(k + d) * load(q + r * width + d); });
-      p[r * kPart + n] = reduce_add(dot);
-    }
+    for (int64_t i = 0; i < heads; ++i, k += call.k.stride_h)
+      for (int64_t j = i * rows; j < (i + 1) * rows; ++j) {
+        f32v dot{};
+        for_each_vector(
+            D, [&](int64_t d, auto part) { dot += part.load(k + d) * load(q + j * width + d); });
+        p[j * kPart + n] = reduce_add(dot);
+      }
   });
-  for_each_key<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
 
   const Band band = call.band(task.b);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t m = task.row + r, query = m % shape.T, h = call.head(task.h_kv, m);
-    const Scores scores(call.options, shape.T, shape.lengths[task.b], task.b, h, shape.H);
-    float* scores_of_row = p + r * kPart;
-    // keys [begin, end) of the task are seen
+  for (int64_t i = 0; i < heads * rows; ++i) {
+    const int64_t h_kv = task.h_kv + i / rows, m = i % rows, query = m % shape.T;
+    const Scores scores(call.options, shape.T, shape.lengths[task.b], task.b, call.head(h_kv, m),
+                        shape.H);
+    float* seen = p + i * kPart;  // where [begin, end) are seen
     const int64_t begin = smaller(keys, larger(0, band.begin(query) - task.key));
     const int64_t end = larger(begin, smaller(keys, band.end(query) - task.key));
     const float diagonal = static_cast<float>(query + band.diagonal() - task.key);
     f32v top = set1(-FLT_MAX), sum{};
-    for_each_vector(end - begin, [&](int64_t i, auto part) {
-      float* at = scores_of_row + begin + i;
-      const f32v distance = static_cast<float>(begin + i) - diagonal + lane_numbers();
-      const f32v s = scores.of(part.load(at), distance);
-      part.store(at, s);
+    for_each_vector(end - begin, [&](int64_t n, auto part) {
+      const f32v distance = static_cast<float>(begin + n) - diagonal + lane_numbers();
+      const f32v s = scores.of(part.load(seen + begin + n), distance);
+      part.store(seen + begin + n, s);
       top = max(part.live(s, set1(-FLT_MAX)), top);
     });
     const float highest = reduce_max(top);
-    for_each_vector(end - begin, [&](int64_t i, auto part) {
-      float* at = scores_of_row + begin + i;
-      const f32v prob = part.live(exp2(part.load(at) - highest), f32v{});
+    for_each_vector(end - begin, [&](int64_t n, auto part) {
+      const f32v prob = part.live(exp2(part.load(seen + begin + n) - highest), f32v{});
       sum += prob;
-      part.store(at, prob);
+      part.store(seen + begin + n, prob);
     });
-    const int64_t index = call.index(task.b, task.h_kv, task.part, m);
+    std::fill(seen, seen + begin, 0.0f);
+    std::fill(seen + end, seen + ceil_to(keys, kKeysAtOnce), 0.0f);
+    const int64_t index = call.index(task.b, h_kv, task.part, m);
     call.tops[index] = highest;
     call.sums[index] = reduce_add(sum);
-    float* out = call.o_parts + index * shape.Dv;
-    for_each_vector(shape.Dv, [&](int64_t d, auto part) {
-      f32v acc[4] = {};  // four sums, to hide the latency of the addition
-      int64_t n = begin;
-      for (; n + 4 <= end; n += 4)
-        for (int64_t i = 0; i < 4; ++i)
-          acc[i] += scores_of_row[n + i] * part.load(values[n + i] + d);
-      for (; n < end; ++n) acc[0] += scores_of_row[n] * part.load(values[n] + d);
-      part.store(out + d, acc[0] + acc[1] + (acc[2] + acc[3]));
-    });
+    std::memset(call.o_parts + index * Dv, 0, Dv * sizeof(float));
   }
+
+  for_each_key<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
+  for (int64_t n = keys; n % kKeysAtOnce; ++n) values[n] = values[keys - 1];  // of weight 0
+  const int64_t o_stride = call.index(0, 1, 0, 0) * Dv;                       // from head to head
+  float* o_first = call.o_parts + call.index(task.b, task.h_kv, task.part, 0) * Dv;
+  for (int64_t n = 0; n < keys; n += kKeysAtOnce)
+    for (int64_t i = 0; i < heads; ++i)
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* weight = p + (i * rows + r) * kPart + n;
+        float* o = o_first + i * o_stride + r * Dv;
+        for_each_vector(Dv, [&](int64_t d, auto part) {
+          f32v acc = part.load(o + d);
+          for (int64_t j = 0; j < kKeysAtOnce; ++j)
+            acc += weight[j] * part.load(values[n + j] + i * call.v.stride_h + d);
+          part.store(o + d, acc);
+        });
+      }
 }
 
 // Keys [key, key + n) of a cache, n rows of D with one stride: copied where they lie in several pages.
@@ -170,7 +182,7 @@ struct KeyRows {
     stride = cache.stride_t;
     if (at.slot + n <= call.shape.page_size) return;
     T* copy = scratch.reserve<T>(kKeys * D);
-    const Task part{task.b, task.h_kv, 0, 0, 0, key, key + n};
+    const Task part{task.b, task.h_kv, task.h_kv_end, 0, 0, 0, key, key + n};
     for_each_key<T>(call, part, cache,
                     [&](int64_t i, const T* x) { std::memcpy(copy + i * D, x, D * sizeof(T)); });
     data = copy;
@@ -302,21 +314,25 @@ void decode(Decode& call) {
   call.tops = call.sums + lines;
   call.o_parts = call.tops + lines;
 
-  const int64_t block = rows <= kFewRows ? kFewRows : Unit::kQueries;
-  const int64_t blocks = (rows + block - 1) / block, heads = shape.B * shape.H_kv;
   const int64_t flops = 2 * pairs * shape.H * shape.T * (shape.D + shape.Dv);
-  parallel_for_dynamic(heads * call.parts * blocks, flops, [&](int64_t i) {
-    const int64_t part = i / blocks % call.parts, head = i / blocks / call.parts;
-    const int64_t b = head / shape.H_kv, row = i % blocks * block;
+  const bool few = rows <= kFewRows, adjacent = call.k.stride_h < call.k.stride_t;
+  const int64_t together = few && adjacent ? smaller(kHeads, shape.H_kv) : 1;
+  const int64_t head_groups = (shape.H_kv + together - 1) / together;
+  const int64_t block = few ? kFewRows : Unit::kQueries, blocks = (rows + block - 1) / block;
+  parallel_for_dynamic(shape.B * call.parts * head_groups * blocks, flops, [&](int64_t i) {
+    const int64_t row = i % blocks * block, h_kv = i / blocks % head_groups * together;
+    const int64_t b = i / blocks / head_groups / call.parts;
+    const int64_t part = i / blocks / head_groups % call.parts;
     if (part >= parts_of(b)) return;
     const int64_t key = first(b) + part * kPart, end = smaller(key + kPart, shape.lengths[b]);
-    const Task task{b, head % shape.H_kv, part, row, smaller(row + block, rows), key, end};
-    if (rows <= kFewRows)
+    const int64_t h_kv_end = smaller(h_kv + together, shape.H_kv);
+    const Task task{b, h_kv, h_kv_end, part, row, smaller(row + block, rows), key, end};
+    if (few)
       visit_rows<T>(call, task);
     else
       visit_tiles<Unit, T>(call, task);
   });
-  parallel_for_dynamic(heads * rows, 2 * lines * shape.Dv, [&](int64_t i) {
+  parallel_for_dynamic(shape.B * shape.H_kv * rows, 2 * lines * shape.Dv, [&](int64_t i) {
     const int64_t b = i / rows / shape.H_kv;
     merge<T>(call, b, i / rows % shape.H_kv, i % rows, parts_of(b));
   });

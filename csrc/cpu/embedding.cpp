@@ -1,17 +1,23 @@
-// The gradient of an embedding: dw_v = sum of the dy_m whose token is v, without atomics.
+// An embedding, y_m = w_v with the token v = idx_m, and its gradient, dw_v = sum of the dy_m whose
+// token is v.
 //
-// Positions are sorted by their tokens first (a counting sort, so that equal tokens stay in order).
-// Then each row of dw belongs to one task, which sums it in fp32 in that order, however many threads
-// there are, and writes it once; rows that no token names become zero. Tasks are pieces of the
-// vocabulary with about as much to read and write each, cut once more into blocks of columns for the
-// sake of tokens so frequent that one of them is most of the work.
+// Backward sorts positions by their tokens first (a counting sort, so that equal tokens stay in
+// order). Then each row of dw belongs to one task, which sums it in fp32 in that order, however many
+// threads there are, and writes it once; rows that no token names become zero. Tasks are pieces of
+// the vocabulary with about as much to read and write each, cut once more into blocks of columns for
+// the sake of tokens so frequent that one of them is most of the work.
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "isa.h"
 #include "parallel.h"
 #include "stream.h"
 
+// w is (V, row_bytes), idx (N,) int64, y (N, row_bytes). Returns the first position whose token is
+// outside [0, V), after which y may not be written; or N.
+DECLARE_KERNEL(embedding_fwd, int64_t(const void* w, const int64_t* idx, void* y, int64_t N,
+                                      int64_t V, int64_t row_bytes))
 // dy is (N, C), idx (N,) int64, dw (V, C). Tokens outside [0, V) and padding_idx give nothing.
 DECLARE_KERNEL(embedding_bwd, void(const void* dy, const int64_t* idx, void* dw, int64_t N,
                                    int64_t C, int64_t V, int64_t padding_idx, DType dtype))
@@ -19,8 +25,29 @@ DECLARE_KERNEL(embedding_bwd, void(const void* dy, const int64_t* idx, void* dw,
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
+constexpr int64_t kGrainBytes = 65536;    // copied by a thread: some 5 us
 constexpr int64_t kColumns = 512;         // 1 or 2 KB of a row: long enough for the prefetcher
 constexpr int64_t kTaskElements = 65536;  // some 30 us of reading and writing: many forks' worth
+
+int64_t embedding_fwd(const void* w, const int64_t* idx, void* y, int64_t N, int64_t V,
+                      int64_t row_bytes) {
+  const char* rows = static_cast<const char*>(w);
+  char* out = static_cast<char*>(y);
+  std::atomic<int64_t> first_wrong{N};
+  parallel_for(N, kGrainBytes / (row_bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      if (idx[m] >= 0 && idx[m] < V) {
+        std::memcpy(out + m * row_bytes, rows + idx[m] * row_bytes, row_bytes);
+        continue;
+      }
+      for (int64_t least = first_wrong;
+           m < least && !first_wrong.compare_exchange_weak(least, m);) {
+      }
+      return;
+    }
+  });
+  return first_wrong;
+}
 
 // first[v] to first[v + 1] are where `order` has the positions of token v.
 void sort_by_token(const int64_t* idx, int64_t N, int64_t V, int64_t padding_idx, int64_t* first,
@@ -91,11 +118,13 @@ void embedding_bwd(const void* dy, const int64_t* idx, void* dw, int64_t N, int6
 }  // namespace
 }  // namespace gptfast::GPTFAST_ISA
 
+REGISTER_KERNEL(embedding_fwd)
 REGISTER_KERNEL(embedding_bwd)
 
 #ifdef GPTFAST_BASELINE
 #include "../common/bind.h"
 void register_embedding(pybind11::module_& m) {
+  gptfast::bind_kernel(m, "embedding_fwd", gptfast::kernel_embedding_fwd);
   gptfast::bind_kernel(m, "embedding_bwd", gptfast::kernel_embedding_bwd);
 }
 #endif

@@ -8,10 +8,14 @@
 //   dw = sum_i dy xhat,  db = sum_i dy,  dx_bias = sum_i dx
 //
 // Forward reads x (and residual) and writes y (and r) once; later sweeps over a row hit the
-// first-level cache. Backward reads dy, r (and dr) once and writes dresidual (and dx) once. The
-// sums over rows have two stages: each block of rows into its own fp32 rows of `partial`, then
-// those in order, so the result does not depend on the number of threads.
+// first-level cache. Backward reads dy, r (and dr) once and writes dresidual (and dx) once. While a
+// row is worked on, the next one is fetched, and a large r is streamed past the caches. The sums
+// over rows have two stages: each block of rows into its own fp32 rows of `partial`, then those in
+// order, so the result does not depend on the number of threads.
+#include <type_traits>
+
 #include "residual.h"
+#include "stream.h"
 
 // residual, x_bias, w and b may be null; without residual r is not written. r has residual's dtype.
 // mean and rstd are (M,) fp32; without mean it is RMSNorm.
@@ -37,7 +41,19 @@ inline int64_t rows_per_thread(int64_t N) {
   return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1;
 }
 
-// y = (row - mean) rstd w + b, of a row in fp32 whose sum is known; returns mean, 0 without `centre`,
+// From how many bytes on, of all that it moves, forward streams r. STREAM_MEASUREMENT
+constexpr int64_t kStreamTraffic = 16'000'000;
+
+// Whether to make the rows of r in the first-level cache and to stream them from there. They must be
+// whole lines, of pages that the system has not just cleared in the caches.
+template <class R>
+bool worth_streaming(const R* r, int64_t M, int64_t N, int64_t bytes_moved) {
+  const int64_t row_bytes = N * static_cast<int64_t>(sizeof(R));
+  return W > 4 && bytes_moved >= kStreamTraffic && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(r) % 64 == 0 && !is_fresh(r, M * row_bytes);
+}
+
+// y = (row - mean) rstd w + b, of a row whose sum is known; returns mean, 0 without `centre`,
 // and rstd.
 template <class T>
 void normalise_row(const float* row, const float* w, const float* b, T* y, int64_t N, float eps,
@@ -63,26 +79,35 @@ template <class T, class R>
 void forward(const T* x, const R* residual, const float* x_bias, const float* w, const float* b,
              T* y, R* r, float* mean, float* rstd, int64_t M, int64_t N, float eps,
              const RowDropout& dropout) {
+  const bool stream = residual && worth_streaming(r, M, N, 2 * M * N * (sizeof(T) + sizeof(R)));
   parallel_for(M, rows_per_thread(N), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    float* row = scratch.reserve(N);  // in fp32: later sweeps convert nothing
+    const int64_t width = ceil_to(N, 16);      // whole lines
+    float* copy = scratch.reserve(2 * width);  // in fp32: later sweeps convert nothing
+    R* streamed = reinterpret_cast<R*>(copy + width);
     for (int64_t i = begin; i < end; ++i) {
       const T* branch = x + i * N;
-      const R* stream = residual ? residual + i * N : nullptr;
+      const R* residual_row = residual ? residual + i * N : nullptr;
       const float* z = residual ? dropout.row(i, N) : nullptr;
+      R* r_row = stream ? streamed : residual ? r + i * N : nullptr;
+      const bool as_it_is = std::is_same_v<T, float> && !residual;
       float sum[1];
       sum_vectors(N, sum, [&](int64_t j, auto part, f32v* sums) {
+        __builtin_prefetch(branch + N + j);
         f32v v = part.load(branch + j);
-        if (stream) {
+        if (residual_row) {
+          __builtin_prefetch(residual_row + N + j);
           if (x_bias) v += part.load(x_bias + j);
           if (z) v *= part.load(z + j);
-          v += part.load(stream + j);
-          part.store(r + i * N + j, v);
+          v += part.load(residual_row + j);
+          part.store(r_row + j, v);
           v = round_to(v, R{});
         }
-        part.store(row + j, v);
+        if (!as_it_is) part.store(copy + j, v);
         sums[0] += part.live(v, f32v{});
       });
+      if (stream) stream_lines(r + i * N, streamed, N * sizeof(R));
+      const float* row = as_it_is ? reinterpret_cast<const float*>(branch) : copy;
       normalise_row(row, w, b, y + i * N, N, eps, sum[0], mean != nullptr,
                     mean ? mean + i : nullptr, rstd + i);
     }
@@ -97,23 +122,25 @@ struct RowGradients {
   float *dw, *db, *dx_bias;  // added to
 };
 
-// xhat and wdy are scratch of N floats each.
 template <class T, class R>
 void backward_row(const R* r, const T* dy, const R* dr, const float* w, float mu, float rs,
-                  bool centre, const float* z, RowGradients<T, R> out, float* xhat, float* wdy,
-                  int64_t N) {
+                  bool centre, const float* z, RowGradients<T, R> out, int64_t N) {
   float c1 = 0, c2 = 0;
+  const auto gradient = [&](int64_t j, auto part, f32v* g, f32v* xhat, f32v* wdy) {
+    *g = part.load(dy + j), *xhat = (part.load(r + j) - mu) * rs;
+    *wdy = w ? *g * part.load(w + j) : *g;
+  };
   if (dy) {
     float sums[2];
     sum_vectors(N, sums, [&](int64_t j, auto part, f32v* totals) {
-      const f32v g = part.load(dy + j), normalised = (part.load(r + j) - mu) * rs;
-      const f32v weighted = w ? g * part.load(w + j) : g;
-      if (out.dw) part.store(out.dw + j, part.load(out.dw + j) + g * normalised);
+      __builtin_prefetch(r + N + j);
+      __builtin_prefetch(dy + N + j);
+      f32v g, xhat, wdy;
+      gradient(j, part, &g, &xhat, &wdy);
+      if (out.dw) part.store(out.dw + j, part.load(out.dw + j) + g * xhat);
       if (out.db) part.store(out.db + j, part.load(out.db + j) + g);
-      part.store(xhat + j, normalised);
-      part.store(wdy + j, weighted);
-      totals[0] += weighted * normalised;  // lanes past the end hold g = 0
-      totals[1] += weighted;
+      totals[0] += wdy * xhat;  // lanes past the end hold g = 0
+      totals[1] += wdy;
     });
     c1 = sums[0] / N;
     if (centre) c2 = sums[1] / N;
@@ -121,8 +148,15 @@ void backward_row(const R* r, const T* dy, const R* dr, const float* w, float mu
   if (!out.dresidual && !out.dx && !out.dx_bias) return;
   for_each_vector(N, [&](int64_t j, auto part) {
     f32v total{};
-    if (dy) total = (part.load(wdy + j) - c1 * part.load(xhat + j) - c2) * rs;
-    if (dr) total += part.load(dr + j);
+    if (dy) {  // as before: recomputed, which takes less than keeping them
+      f32v g, xhat, wdy;
+      gradient(j, part, &g, &xhat, &wdy);
+      total = (wdy - c1 * xhat - c2) * rs;
+    }
+    if (dr) {
+      __builtin_prefetch(dr + N + j);
+      total += part.load(dr + j);
+    }
     if (out.dresidual) part.store(out.dresidual + j, total);
     if (z) total *= part.load(z + j);
     if (out.dx) part.store(out.dx + j, total);
@@ -138,8 +172,6 @@ void backward(const R* r, const T* dy, const R* dr, const float* w, const float*
   const bool needs_z = dx || sums[2];
   const int64_t grain = (rows_per_thread(N) * blocks + M - 1) / (M ? M : 1);
   parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    float* xhat = scratch.reserve(2 * N);
     for (int64_t block = begin; block < end; ++block) {
       float* part[3] = {};
       for (int k = 0; k < 3; ++k)
@@ -152,7 +184,7 @@ void backward(const R* r, const T* dy, const R* dr, const float* w, const float*
                                      dx ? dx + i * N : nullptr, part[0], part[1], part[2]};
         backward_row(r + i * N, dy ? dy + i * N : nullptr, dr ? dr + i * N : nullptr, w,
                      mean ? mean[i] : 0.0f, rstd[i], mean != nullptr,
-                     needs_z ? dropout.row(i, N) : nullptr, out, xhat, xhat + N, N);
+                     needs_z ? dropout.row(i, N) : nullptr, out, N);
       }
     }
   });

@@ -83,5 +83,21 @@ inline void with_stores(const T* result, int64_t M, int64_t N, const Body& body)
     body(StreamingStores{});
 }
 
+// Copies whole lines of 64 bytes past the caches. Both pointers are multiples of 64.
+inline void stream_lines(void* to, const void* from, int64_t bytes) {
+#if GPTFAST_VECTOR_BYTES == 64
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_load_si512(static_cast<const char*>(from) + i));
+#elif GPTFAST_VECTOR_BYTES == 32
+  for (int64_t i = 0; i < bytes; i += 32)
+    _mm256_stream_si256(
+        reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
 }  // namespace
 }  // namespace gptfast::GPTFAST_ISA

@@ -47,8 +47,26 @@ def check_tokens(idx: torch.Tensor, V: int) -> None:
         )
 
 
+def cpu_fwd(weight: torch.Tensor, idx: torch.Tensor, padding_idx: int) -> torch.Tensor:
+    """The `cpu` backend of the forward op."""
+    weight, tokens = weight.contiguous(), idx.to(torch.int64).contiguous()
+    V, C = weight.shape
+    y = weight.new_empty(*idx.shape, C)
+    first_wrong = backend.extension().embedding_fwd(  # type: ignore[union-attr]
+        weight.data_ptr(),
+        tokens.data_ptr(),
+        y.data_ptr(),
+        tokens.numel(),
+        V,
+        C * weight.element_size(),
+    )
+    if first_wrong < tokens.numel():
+        check_tokens(idx, V)
+    return y
+
+
 def cpu_bwd(dy: torch.Tensor, idx: torch.Tensor, V: int, padding_idx: int) -> torch.Tensor:
-    """The `cpu` backend of the backward op; forward is PyTorch's copy of rows."""
+    """The `cpu` backend of the backward op."""
     dy, idx = dy.contiguous(), idx.to(torch.int64).contiguous()
     C = dy.shape[-1]
     dw = dy.new_empty(V, C)
@@ -69,7 +87,7 @@ OP = backend.Op(
     "embedding",
     {
         "torch": backend.Implementation(reference_fwd, reference_bwd),
-        "cpu": backend.Implementation(reference_fwd, cpu_bwd),
+        "cpu": backend.Implementation(cpu_fwd, cpu_bwd),
         "triton": backend.triton_implementation("embedding"),
     },
 )
