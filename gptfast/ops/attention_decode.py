@@ -138,13 +138,22 @@ def cpu_fwd(
     o = empty_output(q, v_cache.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     backend.extension().attention_decode_fwd(  # type: ignore[union-attr]
-        *(heads_of(x) for x in (q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), o)),
+        heads_of(q),
+        pages_of(k_cache),
+        pages_of(v_cache),
+        heads_of(o),
         lse.data_ptr(),
         cpu_shape(q, k_cache, v_cache, cache_seqlens, table),
         cpu_options(Options(None, alibi_slopes, scale, left, 0, softcap, 0.0)),
         backend.DTYPE_CODES[q.dtype],
     )
     return o, lse
+
+
+def pages_of(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """`heads_of` of a cache's pages: address, strides of pages, heads and slots."""
+    page, slot, head = cache.stride()[:3]
+    return cache.data_ptr(), page, head, slot
 
 
 def cpu_shape(
@@ -444,12 +453,9 @@ def check_entries(
     if cache_seqlens.device.type != "cpu" or not cache_seqlens.numel():
         return
     room = capacity(k_cache, block_table)
-    wrong = (cache_seqlens < 0) | (cache_seqlens > room)
-    if wrong.any():
-        b = int(wrong.nonzero()[0])
-        raise IndexError(
-            f"{op}: cache_seqlens must be in [0, {room}], got {int(cache_seqlens[b])} at {b}"
-        )
+    for b, length in enumerate(cache_seqlens.tolist()):
+        if not 0 <= length <= room:
+            raise IndexError(f"{op}: cache_seqlens must be in [0, {room}], got {length} at {b}")
     if block_table is None:
         return
     num_pages, page_size = k_cache.shape[:2]

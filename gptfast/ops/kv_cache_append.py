@@ -13,7 +13,13 @@ from __future__ import annotations
 import torch
 
 from gptfast import backend
-from gptfast.ops.attention_decode import capacity, check_caches, check_entries, cpu_shape
+from gptfast.ops.attention_decode import (
+    capacity,
+    check_caches,
+    check_entries,
+    cpu_shape,
+    pages_of,
+)
 from gptfast.ops.layout import heads_of
 from gptfast.ops.library import check_device, check_dtypes, define
 
@@ -62,7 +68,7 @@ def cpu_fwd(
         backend.extension().kv_cache_append(  # type: ignore[union-attr]
             heads_of(x),
             x.stride(-1),
-            heads_of(cache.transpose(1, 2)),
+            pages_of(cache),
             cache.stride(-1),
             cpu_shape(x, cache, cache, cache_seqlens, table),
             backend.DTYPE_CODES[x.dtype],
