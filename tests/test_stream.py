@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import gptfast
 
 LARGE = 20_000_000  # bytes: kStreamBytes of csrc/cpu/stream.h
+NORM_TRAFFIC = 16_000_000  # bytes: kStreamTraffic of csrc/cpu/layer_norm.cpp
 
 
 def large(dtype, N):
@@ -39,3 +40,17 @@ def test_cross_entropy(isa, dtype, columns):
     for _ in range(2):
         loss = gptfast.cross_entropy(logits, target, reduction="sum")
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [768, 771])
+def test_add_layer_norm(isa, dtype, columns):
+    rows = NORM_TRAFFIC // (4 * dtype.itemsize * columns) + 3  # of x, residual, y and r
+    x, residual = torch.randn(2, rows, columns).to(dtype).unbind(0)
+    stream = (residual.float() + x.float()).to(dtype)
+    expected = F.layer_norm(stream.float(), (columns,)).to(dtype)
+    for _ in range(2):
+        y, r = gptfast.add_layer_norm(x, residual)
+        assert torch.equal(r, stream)
+        torch.testing.assert_close(y, expected)
+        del y, r
