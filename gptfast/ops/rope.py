@@ -92,9 +92,15 @@ def cpu_fwd(
     return turned[0], turned[1]
 
 
-def cpu_bwd(dq: torch.Tensor, *args: Any) -> Tensors2:
+def cpu_bwd(
+    dq: torch.Tensor,
+    dk: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+) -> Tensors2:
     """The `cpu` backend of the backward op."""
-    return cpu_fwd(dq, *args, back=True)
+    return cpu_fwd(dq, dk, cos, sin, interleaved, back=True)
 
 
 OP = backend.Op(
