@@ -41,7 +41,9 @@ inline int64_t rows_per_thread(int64_t N) {
   return N > kGrainElements ? 1 : kGrainElements / (N + 1) + 1;
 }
 
-// From how many bytes on, of all that it moves, forward streams r. STREAM_MEASUREMENT
+// From how many bytes on, of all that it moves, forward streams r. With plain stores of four arrays the
+// sum and the norm of 4096 x 768 took 1.45 times PyTorch's fastest in fp32 and one thread, and 0.65
+// times so; 25 MB in bf16 took 0.52 times so. (y is read next, and stays in the caches.)
 constexpr int64_t kStreamTraffic = 16'000'000;
 
 // Whether to make the rows of r in the first-level cache and to stream them from there. They must be
