@@ -102,7 +102,8 @@ class NinjaBuild(build_ext):
 
             def add(source: Path, name: str, flags: list[str], rule: str = "cxx") -> None:
                 objects.append(f"{name}.o")
-                writer.build(objects[-1], rule, str(source), variables={"flags": quoted(flags)})
+                path = os.path.relpath(source, build)  # so that a copied tree need not be rebuilt
+                writer.build(objects[-1], rule, path, variables={"flags": quoted(flags)})
 
             for level in levels:
                 width, flags = LEVELS[level]
