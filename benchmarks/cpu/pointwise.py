@@ -1,4 +1,4 @@
-"""layer_norm, add_layer_norm, gelu and bias_gelu: works that memory bounds."""
+"""layer_norm, add_layer_norm, dropout_add, gelu and bias_gelu: works that memory bounds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks.cpu.differentiated import built, example_cases
 from benchmarks.cpu.works import Built, Limit, Work
 
 ROWS, CHANNELS = 4096, 768
+DROPOUT = 0.1
 
 
 def _limit(elements: int, dtype: torch.dtype, reads: int, writes: int) -> Limit:
@@ -56,6 +57,24 @@ def _add_layer_norm(dtype: torch.dtype, compile: bool) -> Built:
     )
 
 
+def _dropout_add(dtype: torch.dtype, compile: bool) -> Built:
+    """Masks are drawn by other generators: only the cases, which know ours, can judge it."""
+    x, residual = torch.randn(2, ROWS, CHANNELS).to(dtype)
+    seed = torch.tensor(1)
+    n = x.numel()
+    return built(
+        (x, residual),
+        lambda x, residual: gptfast.dropout_add(x, residual, DROPOUT, seed),
+        lambda x, residual: residual + F.dropout(x, DROPOUT),
+        # The residual's gradient is the incoming one.
+        {"fwd": _limit(n, dtype, 2, 1), "bwd": _limit(n, dtype, 1, 1)},
+        example_cases("dropout_add"),
+        dtype,
+        compile,
+        alike=False,
+    )
+
+
 def _gelu(dtype: torch.dtype, compile: bool) -> Built:
     x = torch.randn(ROWS, 4 * CHANNELS).to(dtype)
     n = x.numel()
@@ -94,6 +113,7 @@ def _bias_gelu(dtype: torch.dtype, compile: bool) -> Built:
 WORKS = (
     Work("layer_norm", "layer_norm", f"{ROWS}x{CHANNELS}", _layer_norm),
     Work("add_layer_norm", "add_layer_norm", f"{ROWS}x{CHANNELS}", _add_layer_norm),
+    Work("dropout_add", "dropout_add", f"{ROWS}x{CHANNELS} p{DROPOUT}", _dropout_add),
     Work("gelu", "gelu", f"{ROWS}x{4 * CHANNELS}", _gelu),
     Work("bias_gelu", "bias_gelu", f"{ROWS}x{4 * CHANNELS}", _bias_gelu),
 )
