@@ -154,7 +154,7 @@ def embedding(
 
     Limits:
         The weight's gradient is dense, (V, C). It is summed without atomics, in the same order
-        every time; on a GPU that sorts the tokens.
+        every time, for which the tokens are sorted.
     """
     check_floating("embedding", "weight", weight)
     if not isinstance(idx, torch.Tensor):
