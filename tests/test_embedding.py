@@ -72,7 +72,7 @@ def test_the_module_loads_torchs_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_a_large_vocabulary(isa, dtype):
     """Several blocks of columns, pieces of the vocabulary, and a result that is streamed."""
-    V, C, N = 10_000, 1100, 3000
+    V, C, N = 4700, 1100, 3000
     idx = (torch.rand(N) ** 4 * V).long()  # the first token a tenth of the time
     dy = torch.randn(N, C).to(dtype)
     dw = torch.ops.gptfast.embedding_bwd(dy, idx, V, 1)
