@@ -1,18 +1,23 @@
 """Models of others, patched and not: forward, a training step and generation, eager and compiled.
 
-    python -m benchmarks.patched --json FILE             # every family; or --only NAME
+    python -m benchmarks.patched --json FILE --resume    # every family; or --only NAME
     python -m benchmarks.patched --show FILE             # the rows of FILE as a table in Markdown
+    python -m benchmarks.patched --show FILE --into DOC  # the same, between two marks in DOC
     python -m benchmarks.patched --modules --json FILE   # what gptfast/patching/speed.py rests on
 
-Contenders have the same weights and take turns. Before anything is timed, logits, loss and
-gradients of the patched model are held against the unpatched one's, both against fp64: no figure is
-given for a model that computes something else.
+Contenders take turns, on the same weights in the same memory: where a copy happens to lie changes
+the time of a model this small. Rows are written when a family is done, and `--resume` goes on
+behind the last one. Before anything is timed, logits, loss and gradients of the patched model are
+held against the unpatched one's, both against fp64: no figure is given for a model that computes
+something else.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +58,8 @@ class Family:
     patch: Callable[[nn.Module], Report] = gptfast.patch
 
 
-SIZES = Sizes(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=256)
+# Two layers: to compile more of them takes longer, and does not run differently.
+SIZES = Sizes(vocab_size=2048, block_size=128, n_layer=2, n_head=4, n_embd=256)
 BATCH_SIZE = 8
 NEW_TOKENS = 16
 
@@ -103,7 +109,6 @@ def huggingface_family(name: str) -> Family:
         return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
     def generate(model: Any, batch: Any) -> torch.Tensor:
-        # Of a compiled model, too, this is transformers' loop round the model that is not compiled.
         return model.generate(
             batch["input_ids"][:, :32],
             do_sample=False,
@@ -178,6 +183,21 @@ def training_step(family: Family, model: nn.Module, forward: Any) -> Callable[[]
     return step
 
 
+def sharing(model: nn.Module) -> Any:
+    """A copy with the model's own parameters and buffers."""
+    memory = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memory)
+
+
+def works_of(name: str, compiled: bool) -> list[str]:
+    """What a family is timed with."""
+    works = ["forward", "training step"]
+    # `generate` of transformers calls the model itself, which `torch.compile` has not changed.
+    if FAMILIES[name].generate is not None and not (compiled and name.startswith("transformers")):
+        works.append("generation")
+    return works
+
+
 def without_grad(call: Callable[..., object], *args: Any) -> Callable[[], object]:
     """`call(*args)` as it is used in inference."""
 
@@ -188,19 +208,21 @@ def without_grad(call: Callable[..., object], *args: Any) -> Callable[[], object
     return run
 
 
-def works(family: Family, model: nn.Module, compiled: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, by name. Each has a model of its own, in its own mode."""
+def works(name: str, model: nn.Module, compiled: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name. Each has modules of its own, in its own mode."""
+    family = FAMILIES[name]
     batch = family.batch()
     calls: dict[str, Callable[[], object]] = {}
-    for work in ("forward", "training step", "generation"):
-        own = copy.deepcopy(model).train(work == "training step")
+    for work in works_of(name, compiled):
+        own = sharing(model).train(work == "training step")
         dynamic = True if work == "generation" else None
         forward = torch.compile(own, dynamic=dynamic) if compiled else own
         if work == "forward":
             calls[work] = without_grad(family.logits, forward, batch)
         elif work == "training step":
             calls[work] = training_step(family, own, forward)
-        elif family.generate is not None:
+        else:
+            assert family.generate is not None
             calls[work] = without_grad(family.generate, forward, batch)
     return calls
 
@@ -217,10 +239,11 @@ def run_family(
     """Time one family, patched and not."""
     family = FAMILIES[name]
     model = family.make().to(DTYPES[dtype])
-    patched = copy.deepcopy(model)
+    patched = sharing(model)
     report = gptfast.patch(patched, ops=OPS) if force else family.patch(patched)
     check(family, model, patched)
-    contenders = {m: works(family, {"un": model, "": patched}[m], compiled) for m in ("un", "")}
+    torch._dynamo.reset()
+    contenders = {m: works(name, {"un": model, "": patched}[m], compiled) for m in ("un", "")}
     rows = []
     with Progress(console=console, transient=True) as bar:
         for work in contenders["un"]:
@@ -377,7 +400,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             if mode in by_mode:
                 row = by_mode[mode]
                 ratio = f"{row.ratio:.2f}"
-                ratio = f"**{ratio}**" if row.ratio < 1 else ratio
+                ratio = f"**{ratio}**" if row.ratio < 0.97 else ratio
                 cells += [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
             else:
                 cells += ["", "", ""]
@@ -404,6 +427,22 @@ def markdown_of_modules(rows: list[dict[str, Any]]) -> str:
     return "\n".join(table)
 
 
+def put_between_marks(table: str, name: str, doc: Path) -> None:
+    """Replace what stands in a file between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    text = doc.read_text()
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise SystemExit(f"{doc}: expected the marks {first.strip()} and {last} once each")
+    before, after = text.split(first)[0], text.split(last)[1]
+    doc.write_text(f"{before}{first}{table}\n{last}{after}")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, none if it is not there."""
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    return rows
+
+
 def write(file: Path, rows: list[Any]) -> None:
     """Put rows into a JSON file, in place of those of the same work that are there."""
     fresh = [asdict(row) for row in rows]
@@ -412,7 +451,7 @@ def write(file: Path, rows: list[Any]) -> None:
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(value for name, value in row.items() if name not in figures)
 
-    kept = json.loads(file.read_text()) if file.exists() else []
+    kept = read(file)
     replaced = {key(row) for row in fresh}
     kept = [row for row in kept if key(row) not in replaced]
     lines = ",\n".join(json.dumps(row) for row in [*kept, *fresh])
@@ -424,8 +463,8 @@ def main(
         str | None, tyro.conf.arg(help="Only families (or ops) with this in their names.")
     ] = None,
     dtype: Annotated[
-        str, tyro.conf.arg(help="float32 or bfloat16, of the weights too.")
-    ] = "float32",
+        str, tyro.conf.arg(help="float32, bfloat16, or both: of the weights, too.")
+    ] = "both",
     compile: Annotated[
         str, tyro.conf.arg(help="no, yes, or both: whether torch.compile is timed.")
     ] = "both",
@@ -441,33 +480,55 @@ def main(
     show: Annotated[
         Path | None, tyro.conf.arg(help="Print the rows of a file in Markdown, and time nothing.")
     ] = None,
-    rounds: Annotated[int, tyro.conf.arg(help="Turns each contender gets.")] = 9,
-    seconds: Annotated[float, tyro.conf.arg(help="How long a turn is.")] = 0.2,
+    resume: Annotated[
+        bool, tyro.conf.arg(help="Leave out what the file of --json has all rows of.")
+    ] = False,
+    into: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Put what --show prints between the marks of the file in this one."),
+    ] = None,
+    rounds: Annotated[int, tyro.conf.arg(help="Turns each contender gets.")] = 11,
+    seconds: Annotated[float, tyro.conf.arg(help="How long a turn is.")] = 0.1,
 ) -> None:
     """Time models of others with and without `gptfast.patch`."""
     console = Console()
     to_markdown = markdown_of_modules if modules else markdown
     if show is not None:
-        print(to_markdown(json.loads(show.read_text())))
+        table = to_markdown(json.loads(show.read_text()))
+        if into is None:
+            print(table)
+        else:
+            put_between_marks(table, show.name, into)
         return
-    if dtype not in DTYPES:
-        raise SystemExit(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtypes = tuple(DTYPES) if dtype == "both" else (dtype,)
+    if not set(dtypes) <= set(DTYPES):
+        raise SystemExit(f"--dtype must be one of {', '.join(DTYPES)} or both, got {dtype!r}")
     modes = {"no": (False,), "yes": (True,), "both": (False, True)}.get(compile)
     if modes is None:
         raise SystemExit(f"--compile must be no, yes or both, got {compile!r}")
     known = [name for name in (MODULES if modules else FAMILIES) if only is None or only in name]
     if not known:
         raise SystemExit(f"--only: nothing has {only!r} in its name")
+    if resume and (json_file is None or modules):
+        raise SystemExit("--resume: expected --json FILE, and no --modules")
+    there = [Row(**row) for row in read(json_file)] if resume and json_file else []
+    done = {(row.family, row.work, row.dtype, row.compiled) for row in there}
     rows: list[Any] = []
-    for name in known:
-        for compiled in modes:
-            if modules:
-                rows += run_module(name, dtype, compiled, rounds, seconds)
-            else:
-                rows += run_family(name, dtype, compiled, rounds, seconds, console, force)
+    start = time.monotonic()
+    for compiled, kind, name in itertools.product(modes, dtypes, known):
+        if modules:
+            fresh: list[Any] = list(run_module(name, kind, compiled, rounds, seconds))
+        elif {(name, work, kind, compiled) for work in works_of(name, compiled)} <= done:
+            continue
+        else:
+            fresh = list(run_family(name, kind, compiled, rounds, seconds, console, force))
+        rows += fresh
+        if json_file is not None:
+            write(json_file, fresh)
+        mode = "compiled" if compiled else "eager"
+        ratios = ", ".join(f"{row.work} {row.ratio:.2f}" for row in fresh)
+        console.print(f"{time.monotonic() - start:5.0f} s  {name}, {kind}, {mode}: {ratios}")
     print(to_markdown([asdict(row) for row in rows]))
-    if json_file is not None:
-        write(json_file, rows)
 
 
 if __name__ == "__main__":

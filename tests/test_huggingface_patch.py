@@ -84,8 +84,8 @@ def test_everything_of_a_family_is_replaced(family):
     assert expected <= ops
     assert model.config._attn_implementation == "gptfast"
     for training in (True, False):
-        logits = model.train(training)(**new_batch(family)).logits
-        assert (logits is None) == (family in CAUSAL and training)
+        output = model.train(training)(**new_batch(family))
+        assert ("logits" in output) == (not (family in CAUSAL and training))
     assert not report.fallbacks, report
 
 
@@ -163,15 +163,44 @@ def test_a_patched_model_is_saved_as_the_original(tmp_path):
 # ---- The loss head -------------------------------------------------------------------------------
 
 
-def test_no_logits_in_training_and_logits_in_evaluation():
-    model = patched(new_model("llama"))
-    batch = new_batch("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_logits_in_training_are_made_when_they_are_read(family):
+    model, batch = new_model(family), new_batch(family)
+    expected = model(**batch)
+    gptfast.patch(model, ops="linear_cross_entropy")
     out = model(**batch)
-    assert out.logits is None
-    assert out["loss"] is out.loss
+    assert out["loss"] is out[0] is out.loss
+    assert "logits" not in out  # nobody has read them
+    assert isinstance(out, type(expected))
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert list(out) == list(expected)
+    assert out[1] is out["logits"] is out.logits
+    torch.testing.assert_close(model(**batch)[:2], expected[:2])
+    copied = pickle.loads(pickle.dumps(model(**batch)))
+    assert type(copied) is type(expected)
+    torch.testing.assert_close(copied.logits, expected.logits)
     assert isinstance(model(**batch, return_dict=False), tuple)
     model.eval()
-    assert model(**batch).logits.shape == (3, 12, 67)
+    assert model(**batch).keys() == expected.keys()
+
+
+def test_logits_of_weights_that_have_changed_since_are_refused():
+    model, batch = patched(new_model("llama")), new_batch("llama")
+    out, early = model(**batch), model(**batch)
+    logits = early.logits
+    out.loss.backward()
+    torch.optim.AdamW(model.parameters()).step()
+    with pytest.raises(RuntimeError, match="before the head's weights are written to"):
+        _ = out.logits
+    assert early.logits is logits
+
+
+def test_logits_are_made_in_the_autocast_of_the_forward():
+    model, batch = new_model("llama"), new_batch("llama")
+    gptfast.patch(model, ops="linear_cross_entropy")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch)
+    assert out.logits.dtype == torch.bfloat16
 
 
 def test_a_patched_head_keeps_the_signature():
@@ -321,7 +350,7 @@ def test_peft_lora(family):
     exact = logits_and_gradients(exact, batch)
     theirs = logits_and_gradients(with_adapters(original), batch)
     for model in (first, second):
-        assert model(**batch).logits is None
+        assert "logits" not in model(**batch)
         assert_as_good(logits_and_gradients(model, batch), theirs, exact.copy())
 
 
@@ -332,6 +361,11 @@ def test_accelerate_with_mixed_precision():
     batch = new_batch("llama")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Trainer has set it
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    output = accelerator.prepare(ours)(**batch)  # a copy, in float32
+    assert output[0] is output.loss
+    for read in (lambda: output.logits, lambda: output["logits"], lambda: output[1]):
+        with pytest.raises(AttributeError, match="patch without linear_cross_entropy"):
+            read()
     results = [logits_and_gradients(accelerator.prepare(m), batch) for m in (ours, model)]
     assert_as_good(*results, logits_and_gradients(exact, batch))
 

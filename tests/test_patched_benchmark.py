@@ -45,6 +45,33 @@ def test_a_model_that_computes_something_else_is_not_timed(small):
         patched.check(small, model, other)
 
 
+def test_what_is_there_is_not_timed_again(small, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    given = {"only": "small", "dtype": "both", "compile": "no", "rounds": 1, "seconds": 0.0}
+    patched.main(**given, json_file=file)
+    rows = json.loads(file.read_text())
+    assert [row["dtype"] for row in rows] == ["float32"] * 3 + ["bfloat16"] * 3
+    patched.write(file, [replace(patched.Row(**rows[0]), unpatched=7.0)])
+    patched.main(**given, json_file=file, resume=True)
+    assert json.loads(file.read_text())[-1]["unpatched"] == 7.0
+    doc = tmp_path / "doc.md"
+    doc.write_text("before\n<!-- rows.json -->\nold\n<!-- end of rows.json -->\nafter\n")
+    patched.main(show=file, into=doc)
+    table = patched.markdown(json.loads(file.read_text()))
+    before, after = "before\n<!-- rows.json -->\n", "\n<!-- end of rows.json -->\nafter\n"
+    assert doc.read_text() == before + table + after
+    with pytest.raises(SystemExit, match="expected the marks"):
+        patched.main(show=file, into=file)
+
+
+def test_both_contenders_lie_in_the_same_memory(small):
+    model = small.make()
+    copied = patched.sharing(model)
+    assert copied is not model
+    assert copied.h[0] is not model.h[0]
+    assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+
+
 def test_modules():
     rows = patched.run_module("gelu tanh", "float32", False, 1, 0.0)
     assert {row.elements for row in rows} == {256 * M for M in patched.ROWS}

@@ -71,11 +71,12 @@ class Plan:
     cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-_PLANS: dict[int, tuple[weakref.ref[torch.Tensor], int, Plan | str]] = {}
+Planned = Plan | str  # or the reason why there is no plan
+_PLANS: dict[int, tuple[weakref.ref[torch.Tensor], int, Planned | Callable[[], Planned]]] = {}
 
 
-def _remember(mask: torch.Tensor, plan: Plan | str) -> None:
-    """Let `plan_of` find the plan of this mask, or the reason why there is none.
+def _remember(mask: torch.Tensor, plan: Planned | Callable[[], Planned]) -> None:
+    """Let `plan_of` find the plan of this mask, which is made when it is first asked for.
 
     A mask stays an ordinary tensor, which models may compute with and compilers understand: its
     plan is found by where it lies, as long as it lives and nobody has written to it. So it is
@@ -86,7 +87,7 @@ def _remember(mask: torch.Tensor, plan: Plan | str) -> None:
     _PLANS[place] = (forget, mask._version, plan)
 
 
-def plan_of(mask: torch.Tensor) -> Plan | str:
+def plan_of(mask: torch.Tensor) -> Planned:
     """The plan of a mask of `prepare_mask`, or the reason why there is none."""
     made, version, plan = _PLANS.get(mask.data_ptr(), (None, 0, ""))
     same = None if made is None else made()
@@ -97,6 +98,9 @@ def plan_of(mask: torch.Tensor) -> Plan | str:
         or (mask.dtype, mask.shape, mask.stride()) != (same.dtype, same.shape, same.stride())
     ):
         return "a mask of the caller's"
+    if callable(plan):
+        plan = plan()
+        _remember(same, plan)
     return plan
 
 
@@ -126,12 +130,14 @@ def prepare_mask(
     if mask.is_inference():  # which would not notice that it is written to
         with torch.inference_mode(False):
             mask = mask.clone()
-    plan: Plan | str = "the mask is of another kind than causal, window or padding"
     pattern = _pattern(mask_function)
-    if pattern is not None:
-        filled = int(q_offset) + q_length - kv_offset if pattern[0] else kv_length
-        plan = _plan(*pattern, filled, q_length, kv_length, kv_offset, attention_mask)
-    _remember(mask, plan)
+    if pattern is None:
+        _remember(mask, "the mask is of another kind than causal, window or padding")
+        return mask
+    # Now, since a static cache adds to its offset while the layers run.
+    filled = int(q_offset) + q_length - kv_offset if pattern[0] else kv_length
+    sizes = filled, q_length, kv_length, kv_offset
+    _remember(mask, lambda: _plan(*pattern, *sizes, attention_mask))
     return mask
 
 
@@ -168,7 +174,7 @@ def _plan(
     kv_length: int,
     kv_offset: int,
     attention_mask: torch.Tensor | None,
-) -> Plan | str:
+) -> Planned:
     """The plan of a mask with this pattern, or the reason why there is none."""
     if not 0 < filled <= kv_length:
         return "the cache has dropped keys that the mask counts"
@@ -232,13 +238,17 @@ def attention_forward(
     Returns:
         (B, T, H, Dv), contiguous, and None for the attention weights.
     """
-    plan: Plan | str | None = None
-    if not isinstance(module, Patched) or module.worth(query):
+    plan: Planned | None = None
+    compiling = torch.compiler.is_compiling()
+    patched = module if isinstance(module, Patched) else None
+    if patched is None or (
+        (compiling or query.numel() >= patched._gptfast_least) and patched.worth(query)
+    ):
         plan = _plan_of_call(module, query, key, attention_mask, is_causal, kwargs)
-    if isinstance(plan, str) and not torch.compiler.is_compiling():
+    if isinstance(plan, str) and not compiling:
         FALLBACKS[plan] += 1
-        if isinstance(module, Patched):
-            module.fell_back(plan)
+        if patched is not None:
+            patched.fell_back(plan)
     if not isinstance(plan, Plan):
         return _original(
             module,
@@ -275,8 +285,8 @@ def _plan_of_call(
     attention_mask: torch.Tensor | None,
     is_causal: bool | None,
     kwargs: dict[str, Any],
-) -> Plan | str:
-    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
+) -> Planned:
+    if _has_sinks(module, kwargs):
         return "attention sinks"
     if kwargs.get("position_bias") is not None:
         return "a position bias"
@@ -296,6 +306,11 @@ def _plan_of_call(
     if not causal:
         return Plan(False, None, S)
     return Plan(True, None, T) if T <= S else "more queries than keys"
+
+
+def _has_sinks(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    # Not `getattr`, which takes a microsecond to find that a module has no such parameter.
+    return kwargs.get("s_aux") is not None or module._parameters.get("sinks") is not None
 
 
 def _decodes(query: torch.Tensor, *caches: torch.Tensor) -> bool:
@@ -358,8 +373,7 @@ def _original(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' `sdpa`, or the eager attention in the model's file for what that cannot do."""
-    sinks = kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None
-    if softcap is None and not sinks and not kwargs.get("output_attentions"):
+    if softcap is None and not _has_sinks(module, kwargs) and not kwargs.get("output_attentions"):
         given = (module, query, key, value, attention_mask)
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(
             *given, is_causal=is_causal, **kwargs

@@ -7,9 +7,10 @@ function of its file; ReLU; and heads for other tasks than the next token.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -188,10 +189,11 @@ def _unless(other: bool, chosen: str) -> type[Patched] | str:
 class FusedHead(Patched):
     """A causal language model that computes its loss in training without storing the logits.
 
-    With labels, in training, `logits` is None. In evaluation, and wherever the original has to
-    take the call, they are there.
+    With labels, in training, the output has no logits until they are read, and compiled code has
+    None. In evaluation, and wherever the original has to take the call, they are there.
     """
 
+    sized_by_input = False
     config: Any
     _positional: ClassVar[tuple[str, ...]]
 
@@ -205,6 +207,8 @@ class FusedHead(Patched):
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.training:
+                return original(self, *args, **kwargs)
             given = {**dict(zip(cls._positional, args, strict=False)), **kwargs}
             loss = _fused(self, given)
             return original(self, *args, **kwargs) if loss is None else loss
@@ -214,7 +218,7 @@ class FusedHead(Patched):
 
 def _fused(model: Any, given: dict[str, Any]) -> Any:
     """The output of a causal language model with its loss; None where the original has to do it."""
-    if given.get("labels") is None or not model.training:
+    if given.get("labels") is None:
         return None
     head = model.get_output_embeddings()
     reason = _why_not_fused(model, head, given)
@@ -248,7 +252,96 @@ def _fused(model: Any, given: dict[str, Any]) -> Any:
         else modeling_outputs.CausalLMOutputWithPast
     )
     states = {name: x for name, x in outputs.items() if name != "last_hidden_state"}
-    return kind(loss=loss, **states)
+    if torch.compiler.is_compiling():
+        return kind(loss=loss, **states)
+    output = _with_logits_when_read(kind)(loss=loss, **states)
+    output.__dict__["_read"] = _Logits(model, head, outputs.last_hidden_state)
+    return output
+
+
+class _Logits:
+    """Makes the logits that were not stored, if somebody reads them after all."""
+
+    def __init__(self, model: Any, head: Any, hidden: torch.Tensor) -> None:
+        self.head, self.hidden = head, hidden
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        device = hidden.device.type
+        self.autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in (self.head.weight, self.head.bias) if p is not None]
+
+    def __call__(self) -> torch.Tensor:
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "logits: expected to be read before the head's weights are written to, since in "
+                "training they are computed when they are read; got new weights. Read them before "
+                "the optimiser's step, or patch without linear_cross_entropy"
+            )
+        with self.autocast:
+            logits: torch.Tensor = self.head(self.hidden)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+class LogitsWhenRead:
+    """An output of transformers whose logits are computed when they are first read.
+
+    They are read as an attribute, by their name, and in a tuple. Who walks through keys and values,
+    as wrappers do, finds none; in a copy that is made so they cannot be read.
+    """
+
+    _kind: ClassVar[type]  # transformers' class
+    _read: _Logits | None = None
+    _logits: torch.Tensor | None = None
+
+    if TYPE_CHECKING:  # an output is an OrderedDict
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setitem__(self, name: str, value: Any) -> None: ...
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """What the head makes of the last hidden states."""
+        if self._logits is None:
+            if self._read is None:
+                raise AttributeError(
+                    "logits: not stored in training, and this output is a copy that a wrapper made "
+                    "(accelerate, in mixed precision); patch without linear_cross_entropy to have "
+                    "them"
+                )
+            self["logits"] = self._read()
+            for name in list(self.keys()):  # the loss, logits, and the rest
+                if name not in ("loss", "logits"):
+                    self.move_to_end(name)
+        return self._logits
+
+    @logits.setter
+    def logits(self, value: torch.Tensor | None) -> None:
+        self.__dict__["_logits"] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == 0:
+            return self.loss
+        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
+
+    def to_tuple(self) -> Any:
+        """The values, logits among them."""
+        _ = self.logits
+        return super().to_tuple()  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        names = [field.name for field in dataclasses.fields(self._kind)]
+        return self._kind, tuple(getattr(self, name, None) for name in names)
+
+
+@functools.cache
+def _with_logits_when_read(kind: Any) -> Any:
+    return type(kind)(kind.__name__, (LogitsWhenRead, kind), {"_kind": kind})
 
 
 def _why_not_fused(model: Any, head: Any, given: dict[str, Any]) -> str | None:

@@ -18,9 +18,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from gptfast.patching.registry import Recipe, Replacement, class_name
+from gptfast.patching.registry import Patched, Recipe, Replacement, class_name
 from gptfast.patching.torch_modules import (
     FastErfGatedMLP,
+    FastFunctionalAttention,
     FastFunctionalGELU,
     FastFunctionalNorm,
     FastFunctionalTanhGELU,
@@ -29,7 +30,10 @@ from gptfast.patching.torch_modules import (
 )
 
 WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR")
-FUNCTIONS = {"attention": "scaled_dot_product_attention", "cross_entropy": "cross_entropy"}
+FUNCTIONS: dict[str, tuple[str, type[Patched]]] = {
+    "attention": ("scaled_dot_product_attention", FastFunctionalAttention),
+    "cross_entropy": ("cross_entropy", FastFunctions),
+}
 # Modules that a gated MLP may have for its activation, by class: "silu", "gelu" or "gelu_tanh".
 ACTIVATIONS: dict[str, Callable[[Any], str]] = {
     class_name(nn.SiLU): lambda module: "silu",
@@ -47,7 +51,7 @@ def recognise(module: nn.Module) -> dict[str, Recipe]:
         return {}
     called, children = set(code.co_names), list(module.children())
     found: dict[str, Recipe] = {
-        op: _calls(name) for op, name in FUNCTIONS.items() if name in called
+        op: _calls(name, mixin) for op, (name, mixin) in FUNCTIONS.items() if name in called
     }
     if not children:
         found |= {op: match for op, match in LEAVES.items() if op in called}
@@ -56,8 +60,8 @@ def recognise(module: nn.Module) -> dict[str, Recipe]:
     return found
 
 
-def _calls(function: str) -> Recipe:
-    return lambda module: (FastFunctions, {"function": function})
+def _calls(function: str, mixin: type[Patched]) -> Recipe:
+    return lambda module: (mixin, {"function": function})
 
 
 def _trace(module: nn.Module) -> fx.Graph | str:

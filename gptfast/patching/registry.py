@@ -7,6 +7,7 @@ and `super().forward` is what it did before.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -44,6 +45,9 @@ class Patched(nn.Module):
     _gptfast_state: dict[str, Any]
     _gptfast_least: ClassVar[int]  # elements below which the op is never worth it
     measured: ClassVar[str] = ""  # under which name `speed.py` has it, if not the op's
+    # Whether what the op gets has no more elements than the first input of a forward: a smaller
+    # input than `_gptfast_least` then goes to the old class before anything else is asked.
+    sized_by_input: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # a mixin finds what its base has
 
@@ -51,10 +55,7 @@ class Patched(nn.Module):
 
     def worth(self, x: torch.Tensor) -> bool:
         """Whether the op is not slower than the original on x, or was asked for by name."""
-        if x.numel() < self._gptfast_least:  # first, because small calls feel every microsecond
-            return False
         compiled = torch.compiler.is_compiling()
-        # The cheapest question first: generation asks it of every module for every token.
         if not self._gptfast_forced and not is_worth(
             self.measured or self._gptfast_op, x, compiled
         ):
@@ -100,18 +101,39 @@ def patched_class(
     key = base, mixin, op, forced
     if key in _classes:
         return _classes[key]
-    attributes = {
+    least = 0 if forced else smallest(mixin.measured or op)
+    attributes: dict[str, Any] = {
         "_gptfast_op": op,
         "_gptfast_base": base,
         "_gptfast_mixin": mixin,
         "_gptfast_forced": forced,
-        "_gptfast_least": 0 if forced else smallest(mixin.measured or op),
+        "_gptfast_least": least,
         # Wrappers and device maps go by the names of classes.
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if least and mixin.sized_by_input and mixin.forward is not nn.Module.forward:
+        attributes["forward"] = _unless_small(mixin, base, least)
     return _classes.setdefault(key, type(base.__name__, (mixin, base), attributes))
+
+
+def _unless_small(mixin: type[Patched], base: type[nn.Module], least: int) -> Callable[..., Any]:
+    """The mixin's forward, but of an input of less than `least` elements the old class's.
+
+    Generation makes such a call of every module for every token: this is all that it costs then.
+    Compiled code asks `worth`, which depends on no size where the op is never used: a size that is
+    compared becomes a guard, and a new compilation where it changes.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, torch.Tensor) and x.numel() < least and not torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
+        return mixin.forward(self, *args, **kwargs)
+
+    return forward
 
 
 # A mixin, or a mixin and what its methods find in the module's `_gptfast_state`.

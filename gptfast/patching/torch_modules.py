@@ -297,19 +297,20 @@ def _multihead_attention(module: nn.MultiheadAttention) -> type[Patched] | str:
 class FastFunctions(Patched):
     """A module whose forward calls a function of `torch.nn.functional` that we have, too."""
 
+    sized_by_input = False  # a whole model may do so: tokens go in, and logits to the loss
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What it was, with that function replaced. Compiled code keeps the original."""
-        function = self._gptfast_state["function"]
-        small = (  # what is attended to has as many elements as the module's input
-            function == "scaled_dot_product_attention"
-            and args
-            and isinstance(args[0], torch.Tensor)
-            and args[0].numel() < self._gptfast_least
-        )
-        if small or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        with override(function, self.fell_back, self.worth):
+        with override(self._gptfast_state["function"], self.fell_back, self.worth):
             return super().forward(*args, **kwargs)
+
+
+class FastFunctionalAttention(FastFunctions):
+    """A module that attends by a function, from as many elements as go into the module."""
+
+    sized_by_input = True
 
 
 # ---- Losses --------------------------------------------------------------------------------------
