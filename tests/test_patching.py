@@ -118,6 +118,8 @@ def test_bad_arguments():
     known = "attention, layer_norm, rms_norm, gelu, glu, linear_cross_entropy, cross_entropy"
     with pytest.raises(ValueError, match=f"some of {known}; got 'layernorm'"):
         gptfast.patch(nn.GELU(), ops=["layernorm"])
+    with pytest.raises(TypeError, match="ops must be 'all' or a list of names, got NoneType"):
+        gptfast.patch(nn.GELU(), ops=None)
     with pytest.raises(ValueError, match=f"one of {known}; got 'norm'"):
         register(nn.GELU, op="norm")
     for function in (gptfast.patch, gptfast.unpatch):

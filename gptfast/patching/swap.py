@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def patch(model: nn.Module, ops: str | Sequence[str] = "all", dry_run: bool = Fa
         count the calls that a patched module has to give to the original.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `ops` no list.
         ValueError: an unknown op.
 
     Limits: gradients of gradients are not supported by the ops. A pickled model that is patched is
@@ -49,6 +49,8 @@ def patch(model: nn.Module, ops: str | Sequence[str] = "all", dry_run: bool = Fa
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(ops, Iterable):
+        raise TypeError(f"patch: ops must be 'all' or a list of names, got {type(ops).__name__}")
     forced = ops != "all"
     chosen = OPS if ops == "all" else (ops,) if isinstance(ops, str) else tuple(ops)
     for op in chosen:
