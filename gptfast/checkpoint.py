@@ -222,11 +222,18 @@ def load_training(path: PathLike) -> dict[str, Any]:
     try:
         training = torch.load(file, map_location="cpu", weights_only=True)
     except UNPICKLING_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = unpickling_reason(error)
         raise ValueError(f"{file}: expected a training state without code: {reason}") from error
     if not isinstance(training, dict):
         raise ValueError(f"{file}: expected a dict, got {type(training).__name__}")
     return training
+
+
+def unpickling_reason(error: BaseException) -> str:
+    """What is wrong with a pickle; without PyTorch's advice to run what is in it."""
+    text = str(error) or type(error).__name__
+    detail = text.partition("WeightsUnpickler error: ")[2] or text
+    return detail.splitlines()[0].partition(". Please")[0]
 
 
 def verify_sharded(path: Path) -> Path | None:
@@ -336,6 +343,7 @@ def build_model(
     read: Callable[[str], torch.Tensor],
     source: Path,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> GPT:
     """A model of weights that are read one at a time, after their names and shapes are checked.
 
@@ -345,6 +353,7 @@ def build_model(
         read: one weight by name.
         source: what to call the file in an error.
         device: where the model goes.
+        dtype: of its weights.
 
     Raises:
         ValueError: a weight is missing, unknown, or of another shape than the sizes say.
@@ -356,7 +365,7 @@ def build_model(
             f"{source}: expected n_layer {config.n_layer} layers as in config.json, got {layers}"
         )
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config).to(dtype)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in sorted(expected.keys() ^ shapes.keys()):
         state = "a" if name in expected else "no"

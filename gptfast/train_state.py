@@ -2,8 +2,7 @@
 
 `training.pt` has what the weights do not say: the optimizers' state, generators, the last row of
 the metrics. With fsdp the processes write their shards of weights and optimizer beside it, in the
-format of `torch.distributed.checkpoint`. PyTorch reads that with pickle, which may run code: go on
-only with runs of your own. Everything else, `model.safetensors` first of all, is safe to load.
+format of `torch.distributed.checkpoint`; `gptfast.sharded` reads them, and runs no code in them.
 """
 
 from __future__ import annotations
@@ -97,19 +96,29 @@ def _save_sharded(trainer: Trainer) -> Path:
 
 def _restore_sharded(trainer: Trainer, path: Path) -> None:
     from torch.distributed.checkpoint.state_dict import set_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from gptfast.sharded import load_sharded
 
     folder = trainer.ranks.on_first(lambda: checkpoint.verify_sharded(path))
     if folder is None:
         raise ValueError(f"{path}: expected a checkpoint of fsdp by the settings, got another")
     state = _sharded_state(trainer)
-    load(state, checkpoint_id=folder)
+    load_sharded(state, folder)
     set_state_dict(
         trainer.model,
         trainer.optimizers[0],
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+
+
+def _restore_whole(trainer: Trainer, state: dict[str, Any]) -> None:
+    for optimizer, name in zip(trainer.optimizers, ("optimizer", "muon"), strict=False):
+        optimizer.load_state_dict(state[name])
+    if trainer.average:
+        with torch.no_grad():
+            for parameter, weight in zip(trainer.parameters, state["weights"], strict=True):
+                parameter.copy_(weight)
 
 
 def restore_state(trainer: Trainer, path: Path) -> None:
@@ -124,19 +133,14 @@ def restore_state(trainer: Trainer, path: Path) -> None:
         [{key: g[key] for key in ("betas", "weight_decay") if key in g} for g in o.param_groups]
         for o in trainer.optimizers
     ]
+    if trainer.fsdp:
+        _restore_sharded(trainer, path)
     try:
         trainer.row = dict(state["row"])
         trainer.step, trainer.elapsed = int(trainer.row["step"]), float(trainer.row["elapsed"])
         train_tokens = state["train_tokens"]
-        if trainer.fsdp:
-            _restore_sharded(trainer, path)
-        else:
-            for optimizer, name in zip(trainer.optimizers, ("optimizer", "muon"), strict=False):
-                optimizer.load_state_dict(state[name])
-        if trainer.average and not trainer.fsdp:
-            with torch.no_grad():
-                for parameter, weight in zip(trainer.parameters, state["weights"], strict=True):
-                    parameter.copy_(weight)
+        if not trainer.fsdp:
+            _restore_whole(trainer, state)
         if state["scaler"]:  # empty unless it was float16
             trainer.scaler.load_state_dict(state["scaler"])
         trainer.generator.set_state(state["generators"]["data"])
