@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 import gptfast.ops  # noqa: F401  fills backend.OPS
@@ -294,11 +295,16 @@ def run_selftest(seconds: float = SELFTEST_SECONDS) -> list[Facts]:
             )
             if not backend.OPS[name].why_not(b, *_examples(name, device, dtype))
         ]
-    deadline = time.perf_counter() + seconds
-    for i in range(max(map(len, cases.values()))):
-        for result in results:
-            if i < result["of"] and (i == 0 or time.perf_counter() < deadline):
-                _judge(testing, cases[result["op"]][i], result)
+    start = time.perf_counter()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("self-test", total=seconds)
+        for i in range(max(map(len, cases.values()))):
+            for result in results:
+                spent = time.perf_counter() - start
+                bar.update(task, completed=spent)
+                if i < result["of"] and (i == 0 or spent < seconds):
+                    _judge(testing, cases[result["op"]][i], result)
     return results
 
 

@@ -418,7 +418,8 @@ def evaluate(
     """Every score that there is something for, with a progress bar on `console`."""
     scores: list[Score] = []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=console is None) as bar:
+    hidden = console is None or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
 
         def task(name: str, total: int) -> OnDone:
             number = bar.add_task(name, total=total)

@@ -296,7 +296,7 @@ class Trainer:
         val = self.dataset.val
         if len(val) > 1:
             with self.averaged():
-                self.val_loss = self._whole_split()
+                self.val_loss = self._whole_split(report.validated)
         self.row["val_loss"] = self.val_loss
         if not self.folder.begun:  # resumed after the last step
             self.folder.begin(self.step)
@@ -423,7 +423,7 @@ class Trainer:
         # Not by way of DDP, which would have to be called by all.
         return self._loss(self.model if self.ddp is not None else self.forward, x, y)
 
-    def _whole_split(self) -> float:
+    def _whole_split(self, on_done: Callable[[int, int], None] = lambda done, total: None) -> float:
         self.model.eval()
         with self._autocast():
             loss = validation_loss(
@@ -433,6 +433,7 @@ class Trainer:
                 self.config.block_size,
                 self.device,
                 self.ranks,
+                on_done,
             )
         self.model.train()
         self._check_loss("validation", loss)

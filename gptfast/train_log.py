@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -67,27 +70,33 @@ class RunFolder:
         if not self.writes:
             return
         settings = json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-        _replace(self.path / "train.json", settings)
         metrics = self.path / "metrics.jsonl"
         rows = [row for row in _read_rows(metrics) if row["step"] <= step]
         self.last_step = rows[-1]["step"] if rows else 0
-        _replace(metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        with self._writing("train.json"):
+            _replace(self.path / "train.json", settings)
+        with self._writing("metrics.jsonl"):
+            _replace(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row."""
         self.last_step = row["step"]
         if not self.writes:
             return
-        file = self.path / "metrics.jsonl"
+        with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+        for tracker in self.trackers:
+            tracker.row(row)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
         try:
-            with file.open("a") as opened:
-                opened.write(json.dumps(row) + "\n")
+            yield
         except OSError as error:  # a full disk names no file
+            file = self.path / name
             raise OSError(
                 f"cannot write {file}: {error}; {checkpoint.last_good(self.path)}"
             ) from error
-        for tracker in self.trackers:
-            tracker.row(row)
 
     def synchronise(self) -> None:
         """Have the rows on the disk before a checkpoint that relies on them."""
@@ -122,6 +131,7 @@ class Reporter:
     def __init__(self, config: TrainConfig, quiet: bool) -> None:
         self.config, self.quiet = config, quiet
         self.printed = -math.inf  # when the last line was
+        self.validating: tuple[TaskID, float] | None = None  # its bar, and when it began
         self.bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -151,6 +161,18 @@ class Reporter:
     def advance(self, step: int) -> None:
         """Move the bar."""
         self.bar.update(self.task, completed=step)
+
+    def validated(self, done: int, total: int) -> None:
+        """Show how much of the validation split is done."""
+        now = time.perf_counter()
+        if self.validating is None:
+            self.validating = self.bar.add_task("validate", total=total, numbers="validation"), now
+            self.printed = now  # a short one needs no line
+        task, started = self.validating
+        self.bar.update(task, completed=done)
+        if self.bar.disable and now - self.printed >= LINE_SECONDS and done < total:
+            left = (now - started) * (total - done) / done
+            self.print(f"validating {done:,}/{total:,} tokens  {left:,.0f} s left")
 
     def row(self, row: dict[str, Any]) -> None:
         """Show a row of the metrics."""

@@ -25,6 +25,7 @@ def validation_loss(
     block_size: int,
     device: torch.device | str = "cpu",
     ranks: Ranks = ALONE,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss over all tokens but the first, each predicted once, in windows that do not overlap.
 
@@ -35,6 +36,7 @@ def validation_loss(
         block_size: tokens in a window; the last one may be shorter.
         device: where the model is.
         ranks: the processes that share the windows.
+        on_done: told after every batch how many tokens are done, and of how many.
 
     Raises:
         ValueError: fewer than two tokens.
@@ -61,4 +63,5 @@ def validation_loss(
         loss = model(x, y)[1]
         if loss is not None and n < len(batches):
             total += loss.double() * y.numel()
+            on_done(start + rows * length, count)
     return ranks.total(total.item()) / count

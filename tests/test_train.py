@@ -3,6 +3,7 @@
 Longer than 500 lines: a table of what may be damaged or refused, beside the tests that read it.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -796,4 +797,11 @@ def test_full_disk(config, small_disk):
     with pytest.raises(OSError, match=r"No space left on device; the last good .*step_000001"):
         train(config, quiet=True)
     assert names(config) == ["metrics.jsonl", "step_000001", "train.json"]
+    checkpoint.load(config.out)
+    with (small_disk / "fill").open("wb") as fill, contextlib.suppress(OSError):
+        while True:
+            fill.write(bytes(512))
+            fill.flush()
+    with pytest.raises(OSError, match=r"cannot write .*: .*No space left.*; the last.*step_000001"):
+        train(change(config, resume=True), quiet=True)
     checkpoint.load(config.out)
