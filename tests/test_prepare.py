@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptfast.data import Dataset, documents, named, preparation, prepare
+from gptfast.data import Dataset, documents, named, preparation, prepare, resolve_source
 from gptfast.data.shards import ShardedTokens
 from gptfast.tokenizer import GPT2Tokenizer
 
@@ -358,3 +358,15 @@ def test_a_named_data_set_is_fetched(tmp_path, monkeypatch):
     assert dataset.tokenizer.decode(dataset.val) == "held back"
     with pytest.raises(ConnectionError, match=r"expected sample/10BT/.*parquet of .* got none"):
         prepare("fineweb-edu", tmp_path / "other", "gpt2")
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(1_000_000 * "a")
+    with pytest.raises(OSError, match=r"cannot write .*/data: .*No space left.*same command goes"):
+        prepare(file, small_disk / "data")
+
+
+def test_a_named_set_is_prepared_before_training():
+    with pytest.raises(ValueError, match=r"first: gptfast prepare --file tinystories --out data"):
+        resolve_source("tinystories")

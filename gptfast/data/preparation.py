@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import sys
@@ -124,10 +125,17 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     folder = Path(out_dir)
-    with _progress(size) as progress:
-        manifest, tokens = _begin(folder, source, tokenizer, units, workers, progress)
-        if not manifest["complete"]:
-            _encode_all(folder, manifest, tokens, units, shard_tokens, workers, progress)
+    try:
+        with _progress(size) as progress:
+            manifest, tokens = _begin(folder, source, tokenizer, units, workers, progress)
+            if not manifest["complete"]:
+                _encode_all(folder, manifest, tokens, units, shard_tokens, workers, progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"cannot write {folder}: {error}; with more room the same command goes on where it was"
+        ) from error
     return Dataset.open(folder)
 
 

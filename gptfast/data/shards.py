@@ -214,7 +214,10 @@ def _map(path: Path, dtype: np.dtype[Any], tokens: int) -> npt.NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{expected} {size} bytes, cut short or damaged: {error}") from error
+        raise ValueError(
+            f"{expected} {size} bytes, cut short or damaged ({error}); "
+            "delete the folder and prepare it anew"
+        ) from error
     if not isinstance(array, np.memmap):  # an archive of arrays
         raise ValueError(f"{expected} something else")
     if array.dtype != dtype or array.shape != (tokens,):

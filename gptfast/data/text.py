@@ -10,6 +10,7 @@ import urllib.request
 from importlib import resources
 from pathlib import Path
 
+from gptfast.data.named import NAMED
 from gptfast.tokenizer import stage
 
 TINY_SHAKESPEARE_URL = (
@@ -32,13 +33,19 @@ def resolve_source(name_or_path: str | os.PathLike[str] | None) -> Path | None:
 
     Raises:
         ConnectionError: "tinyshakespeare" is not in the cache and cannot be fetched.
-        ValueError: what is in the cache, or was fetched, is not that file.
+        ValueError: a data set that has to be prepared; or what is in the cache, or was fetched, is
+            not that file.
     """
     if name_or_path is None or name_or_path == "shakespeare":
         return None
     if name_or_path == "tinyshakespeare":
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return fetch_tiny_shakespeare(Path(cache) / "gptfast" / "tinyshakespeare.txt")
+    if name_or_path in NAMED and not Path(name_or_path).exists():
+        raise ValueError(
+            f"{name_or_path} is too large to be read at once; first: "
+            f"gptfast prepare --file {name_or_path} --out data/{name_or_path} --tokenizer gpt2"
+        )
     return Path(name_or_path)
 
 
