@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = tokenizer.decode(ids)
     print_heads(attention_maps(model, torch.tensor(ids)), Console())
     try:
-        for path in draw(model, tokenizer, text, args.out, title=str(loaded.path)):
+        for path in draw(model, tokenizer, text, args.out, title=loaded.path.name):
             print(path)
     except ModuleNotFoundError as error:
         print(f"{Path(args.out) / 'attention.html'}\nno pictures: {error}")

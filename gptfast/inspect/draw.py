@@ -14,6 +14,8 @@ from gptfast.inspect.plot import MAX_LENS_TOKENS, plot_head, plot_lens, plot_map
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
 
+TITLE_CHARS = 60  # of the text, over a picture
+
 
 def draw(
     model: GPT,
@@ -30,7 +32,7 @@ def draw(
         tokenizer: its tokenizer.
         text: at most block_size tokens. The picture of the lens shows the last few of them.
         out: the folder; it is made, and files of these names in it are replaced.
-        title: over the pictures.
+        title: over the pictures, before the beginning of the text.
         head: (layer, head) for `attention_LAYER_HEAD.png`.
 
     Returns:
@@ -50,18 +52,20 @@ def draw(
     maps, lens = attention_maps(model, idx), logit_lens(model, idx)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    start = text if len(text) <= TITLE_CHARS else f"{text[:TITLE_CHARS]}..."
+    over = f"{title}: {start}" if title else start
     tokens = [tokenizer.decode([token]) for token in ids]
     shown = slice(-MAX_LENS_TOKENS, None)
     likeliest = [[tokenizer.decode([t]) for t in row] for row in lens.tokens[:, shown, 0].tolist()]
     written = [
         write_page(model, idx, tokenizer.decode, folder / "attention.html", title),
-        plot_maps(maps, folder / "attention.png", title),
+        plot_maps(maps, folder / "attention.png", over),
         plot_lens(
             type(lens)(lens.tokens[:, shown], lens.p[:, shown]),
             likeliest,
             tokens[shown],
             folder / "lens.png",
-            title,
+            over,
         ),
     ]
     if head is not None:

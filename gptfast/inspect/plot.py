@@ -49,8 +49,8 @@ def plot_maps(
                 axis.set_ylabel(f"layer {layer}", fontsize=8)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label("of a row's token to a column's", fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    bar.set_label("attention of a row's token to a column's", fontsize=7)
+    figure.suptitle(_visible_line(title), fontsize=9)
     return _save(figure, path)
 
 
@@ -92,6 +92,8 @@ def plot_lens(
 ) -> Path:
     """The likeliest next token behind every layer; the last layer, which speaks, on top.
 
+    Bold is what the text does say next.
+
     Args:
         lens: from `logit_lens`.
         texts: (n_layer + 1, T), of lens.tokens[..., 0].
@@ -104,24 +106,47 @@ def plot_lens(
     figure_class, _ = _matplotlib()
     p = lens.p[..., 0].numpy()
     L, T = p.shape
-    figure = figure_class(figsize=(1.5 + 0.75 * T, 1.2 + 0.35 * L), layout="constrained")
+    longest = max(len(_shown(text)) for text in (*tokens, *(t for row in texts for t in row)))
+    width = 0.3 + 0.06 * longest  # of a column, for letters of 8 points
+    figure = figure_class(figsize=(1.8 + width * T, 1.4 + 0.3 * L), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for layer in range(L):
         for t in range(T):
             colour = "white" if p[layer, t] > 0.5 else "black"
-            text = _visible(texts[layer][t])[:9]
-            axis.text(t, layer, text, ha="center", va="center", color=colour, fontsize=7)
-    axis.set_xticks(range(T), [_visible(token) for token in tokens], fontsize=8, rotation=45)
-    axis.set_yticks(range(L), ["embedding", *map(str, range(1, L))], fontsize=8)
-    axis.set(xlabel="the token read", ylabel="layers", title=title)
-    figure.colorbar(image, ax=axis, fraction=0.03, pad=0.01).set_label("probability", fontsize=8)
+            right = t + 1 < T and texts[layer][t] == tokens[t + 1]
+            axis.text(
+                t,
+                layer,
+                _shown(texts[layer][t]),
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
+                fontweight="bold" if right else "normal",
+            )
+    axis.set_xticks(range(T), [_shown(token) for token in tokens], fontsize=8)
+    axis.set_yticks(range(L), ["embedding", *(f"layer {n}" for n in range(L - 1))], fontsize=8)
+    axis.set_xlabel("the token read (bold above it: what comes next in the text)", fontsize=8)
+    axis.set_title(_visible_line(title), fontsize=9)
+    bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label("probability", fontsize=8)
     return _save(figure, path)
 
 
 def _visible(text: str) -> str:
     """Spaces and line ends as signs; no mathematics in a dollar."""
     return text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("$", r"\$") or "\u2205"
+
+
+def _shown(text: str) -> str:
+    return _visible(text)[:9]  # more does not fit into a column
+
+
+def _visible_line(title: str) -> str:
+    """A title on one line; no mathematics in a dollar."""
+    return " ".join(title.split()).replace("$", r"\$")
 
 
 def _matplotlib() -> tuple[Any, Any]:
