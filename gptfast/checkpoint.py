@@ -230,10 +230,13 @@ def load_training(path: PathLike) -> dict[str, Any]:
 
 
 def unpickling_reason(error: BaseException) -> str:
-    """What is wrong with a pickle; without PyTorch's advice to run what is in it."""
-    text = str(error) or type(error).__name__
-    detail = text.partition("WeightsUnpickler error: ")[2] or text
-    return detail.splitlines()[0].partition(". Please")[0]
+    """What is wrong with a pickle; without PyTorch's advice on how to run what is in it."""
+    for line in str(error).splitlines():
+        reason = line.strip().removeprefix("Weights only load failed. ")
+        reason = reason.removeprefix("WeightsUnpickler error: ").partition(". Please")[0]
+        if reason and "weights_only" not in reason and "can still be loaded" not in reason:
+            return reason
+    return type(error).__name__
 
 
 def verify_sharded(path: Path) -> Path | None:

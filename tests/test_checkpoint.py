@@ -434,7 +434,7 @@ def test_code_in_a_training_state_is_not_run(saved, tmp_path):
     marker = tmp_path / "executed"
     torch.save({"step": 3, "optimizer": Hostile(marker)}, saved / "training.pt")
     reseal(saved)
-    expected = r"training\.pt: expected a training state without code: Unsupported .*mkdir"
+    expected = r"training\.pt: expected a training state without code: .*mkdir"
     with pytest.raises(ValueError, match=expected) as caught:
         checkpoint.load_training(saved)
     assert "weights_only" not in str(caught.value)  # PyTorch's advice would run it

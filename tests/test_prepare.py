@@ -363,7 +363,7 @@ def test_a_named_data_set_is_fetched(tmp_path, monkeypatch):
 def test_a_full_disk(small_disk, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(1_000_000 * "a")
-    with pytest.raises(OSError, match=r"cannot write .*/data: .*No space left.*same command goes"):
+    with pytest.raises(OSError, match=r"cannot write .*/data: .*; with more room the same command"):
         prepare(file, small_disk / "data")
 
 

@@ -798,10 +798,8 @@ def test_full_disk(config, small_disk):
         train(config, quiet=True)
     assert names(config) == ["metrics.jsonl", "step_000001", "train.json"]
     checkpoint.load(config.out)
-    with (small_disk / "fill").open("wb") as fill, contextlib.suppress(OSError):
-        while True:
-            fill.write(bytes(512))
-            fill.flush()
+    with contextlib.suppress(OSError), (small_disk / "fill").open("wb") as fill:
+        fill.write(bytes(1 << 20))
     with pytest.raises(OSError, match=r"cannot write .*: .*No space left.*; the last.*step_000001"):
         train(change(config, resume=True), quiet=True)
     checkpoint.load(config.out)

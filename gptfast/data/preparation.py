@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import multiprocessing
 import os
 import sys
@@ -131,8 +130,9 @@ def prepare(
             if not manifest["complete"]:
                 _encode_all(folder, manifest, tokens, units, shard_tokens, workers, progress)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if type(error) is not OSError or error.filename is not None:
             raise
+        # Of a full disk; numpy says of it that fewer bytes were written.
         raise OSError(
             f"cannot write {folder}: {error}; with more room the same command goes on where it was"
         ) from error
