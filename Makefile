@@ -51,6 +51,12 @@ cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolki
 cuda-sanitize: venv ## the CUDA kernels under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/test_cuda_sanitize.py
 
+validate: venv ## GPT-2 of all four sizes held against transformers, with seeded weights; 14 GB, a quarter of an hour
+	$(BIN)/gptfast validate --preset gpt2
+	$(BIN)/gptfast validate --preset gpt2-medium
+	$(BIN)/gptfast validate --preset gpt2-large --dtype bfloat16
+	$(BIN)/gptfast validate --preset gpt2-xl --dtype bfloat16
+
 bench: venv ## tokens per second against PyTorch
 	$(BIN)/python benchmarks/run.py
 
@@ -89,5 +95,5 @@ clean: ## remove what was built; .venv and what was trained (out/) stay
 	rm -rf build dist .benchmarks .hypothesis .*_cache *.egg-info gptfast/_C.*.so $(STAMP)
 	find [a-z]* -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help venv demo test test-slow gpu cuda-host cuda-sanitize bench bench-gpu bench-cpu ceiling \
+.PHONY: help venv demo test test-slow validate gpu cuda-host cuda-sanitize bench bench-gpu bench-cpu ceiling \
 	static cuda-report launches lint format clean

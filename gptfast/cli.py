@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, UseAppendAction, arg, subcommand
 
 from gptfast import checkpoint
@@ -287,7 +288,7 @@ class Inspect:
         if self.text is not None:
             chosen = None if self.layer is None or self.head is None else (self.layer, self.head)
             for path in inspect.draw(
-                loaded.model, loaded.tokenizer, self.text, self.out, str(loaded.path), chosen
+                loaded.model, loaded.tokenizer, self.text, self.out, _name(loaded.path), chosen
             ):
                 print(path)
         if self.neighbours or self.analogy is not None:
@@ -326,7 +327,7 @@ class Validate:
     new_tokens: int = 200
     """Length of the greedy continuation."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in both."""
+    """Of the weights in both. In 16 bits both are held against float32."""
     seed: int = 0
     """Of random weights."""
 
@@ -338,13 +339,20 @@ class Validate:
         if self.checkpoint is not None:
             source = _hf_folder(self.checkpoint) or checkpoint.load(self.checkpoint).model
         console = Console()
-        with console.status("starting") as status:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def on_progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage)
+                bar.update(tasks[stage], completed=done, total=total)
+
             result = validate(
                 source,
                 new_tokens=self.new_tokens,
                 dtype=getattr(torch, self.dtype),
                 seed=self.seed,
-                on_step=status.update,
+                on_progress=on_progress,
             )
         print_validation(result, self.checkpoint or self.preset, console)
         return 0 if result.passed else 1
@@ -359,6 +367,11 @@ def _load(source: str, device: torch.device) -> checkpoint.Checkpoint:
     if tokenizer is None:
         raise ValueError(f"{folder}: expected GPT-2's vocabulary, got another one")
     return checkpoint.Checkpoint(folder, 0, None, model, tokenizer)
+
+
+def _name(path: Path) -> str:
+    """A checkpoint's name over a picture: the run and its step."""
+    return "/".join(path.resolve().parts[-2:])
 
 
 def _hf_folder(source: str) -> Path | None:

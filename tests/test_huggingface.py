@@ -1,6 +1,7 @@
 """GPT-2 to and from Hugging Face's format, against transformers itself."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -9,7 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from gptfast import checkpoint
 from gptfast.cli import main
-from gptfast.integrations.huggingface import is_gpt2_folder, load_gpt2, save_gpt2
+from gptfast.decoder import Decoder
+from gptfast.integrations.huggingface import (
+    is_gpt2_folder,
+    load_gpt2,
+    save_gpt2,
+    stored_equally,
+)
 from gptfast.models import GPT, GPTConfig
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 from gptfast.validate import validate
@@ -185,6 +192,20 @@ def test_code_in_a_pickle_does_not_run(folder, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+def test_without_a_network(monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    def snapshot_download(name, **_):
+        raise ConnectionError("no network\nand much more")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert main(["generate", "--checkpoint", "hf:openai-community/gpt2"]) == 2
+    assert capsys.readouterr().err == (
+        "gptfast: error: cannot fetch 'openai-community/gpt2' from the hub: no network; give a "
+        "folder on the disk, or set HF_HOME to a cache that has it\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -268,25 +289,99 @@ def test_nothing_is_overwritten(folder, small_disk):
 # ---- Validation and the command line -------------------------------------------------------------
 
 
+SMALL = GPTConfig(64, 50257, 2, 2, 32)
+
+
 def test_validation_with_random_weights():
-    result = validate(GPTConfig(64, 50257, 2, 2, 32), new_tokens=30, batch=(2, 16))
+    seen = []
+    result = validate(SMALL, new_tokens=30, batch=(2, 16), on_progress=lambda *of: seen.append(of))
     assert result.passed
     assert result.logits_error < 1e-5
     assert result.loss == pytest.approx(result.their_loss, rel=1e-6)
     assert result.text == result.their_text
     assert len(result.tokens) == 30
+    assert len(set(result.tokens)) > 5
+    assert {("transformers", 30, 30), ("gptfast", 30, 30)} <= set(seen)
 
 
-def test_validation_finds_a_wrong_model(folder, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_validation_in_half_precision(dtype):
+    result = validate(SMALL, new_tokens=30, batch=(2, 16), dtype=dtype)
+    assert result.passed
+    half = result.half
+    assert 0 < half.text.rms < half.text.largest < 0.1
+    assert half.agreeing >= result.same_tokens
+    errors = half.decoding
+    assert half.margin <= 2 * max(errors.largest, errors.their_largest)
+
+
+def test_validation_of_another_architecture():
+    with pytest.raises(ValueError, match="validate: expected the architecture of GPT-2, got pos"):
+        validate(GPTConfig.preset("llama-135m"))
+
+
+def wrong_forward(monkeypatch, by):
     right = GPT.forward
 
     def wrong(self, *args, **kwargs):
         logits, loss = right(self, *args, **kwargs)
-        return logits + 2e-4, loss
+        return logits + by, loss
 
-    assert validate(folder, new_tokens=5).passed
     monkeypatch.setattr(GPT, "forward", wrong)
+
+
+def test_validation_finds_a_wrong_model(folder, monkeypatch):
+    assert validate(folder, new_tokens=5).passed
+    wrong_forward(monkeypatch, 2e-4)
     assert not validate(folder, new_tokens=5).passed
+
+
+def test_validation_in_half_precision_finds_a_wrong_model(monkeypatch):
+    def found():
+        return validate(SMALL, new_tokens=5, batch=(2, 16), dtype=torch.bfloat16)
+
+    with monkeypatch.context() as patch:
+        wrong_forward(patch, 0.02)
+        result = found()
+        assert not result.passed
+        assert not result.half.text.passed
+    right = Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, idx: right(self, idx).roll(1, -1))
+    result = found()
+    assert not result.passed
+    assert result.half.text.passed
+    assert result.half.agreeing < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype", "gigabytes"),
+    [
+        ("gpt2", torch.float32, 3),
+        ("gpt2-medium", torch.float32, 6),
+        ("gpt2-large", torch.bfloat16, 8),
+        ("gpt2-xl", torch.bfloat16, 14),
+    ],
+)
+def test_validation_at_every_size(name, dtype, gigabytes):
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < gigabytes * 2**30:
+        pytest.skip(f"{name} needs {gigabytes} GiB of memory, {free / 2**30:.0f} are free")
+    result = validate(GPTConfig.preset(name), dtype=dtype)
+    assert result.passed
+    assert len(result.tokens) == 200
+
+
+def test_folders_with_the_same_weights(folder, tmp_path):
+    old = old_style(folder, tmp_path)
+    assert stored_equally(folder, old, torch.float32)
+    state = torch.load(old / "pytorch_model.bin")
+    state["h.2.mlp.c_fc.bias"][7] += 1e-6
+    torch.save(state, old / "pytorch_model.bin")
+    assert not stored_equally(folder, old, torch.float32)
+    del state["h.2.mlp.c_fc.bias"]
+    torch.save(state, old / "pytorch_model.bin")
+    assert not stored_equally(folder, old, torch.float32)
 
 
 def test_commands(tmp_path, capsys):

@@ -32,11 +32,19 @@ from gptfast.checkpoint import (
     build_model,
     open_weights,
     synchronise,
+    unpickling_reason,
 )
 from gptfast.models import GPT, GPTConfig
 from gptfast.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_json
 
-__all__ = ["download", "is_gpt2_folder", "load_gpt2", "save_gpt2"]
+__all__ = [
+    "download",
+    "is_gpt2_folder",
+    "load_gpt2",
+    "read_gpt2_sizes",
+    "save_gpt2",
+    "stored_equally",
+]
 
 PREFIX = "transformer."
 TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -90,7 +98,11 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise OSError(f"cannot fetch {name!r} from the hub: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"cannot fetch {name!r} from the hub: {reason:.200}; give a folder on the disk, "
+            "or set HF_HOME to a cache that has it"
+        ) from error
 
 
 def load_gpt2(
@@ -98,6 +110,7 @@ def load_gpt2(
     device: torch.device | str = "cpu",
     *,
     dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, Tokenizer | None]:
     """Read a GPT-2 that Hugging Face's transformers, or `save_gpt2`, has written.
 
@@ -105,9 +118,10 @@ def load_gpt2(
         path: the folder.
         device: where the model goes.
         dropout: of the model, which is in evaluation mode; the folder's own is not taken.
+        dtype: of the model's weights, to which the stored ones are rounded.
 
     Returns:
-        The model, weights in float32, and its tokenizer: None where the folder's vocabulary is
+        The model and its tokenizer: None where the folder's vocabulary is
         neither GPT-2's nor one of ours.
 
     Raises:
@@ -134,6 +148,7 @@ def load_gpt2(
             lambda name: _transpose(name, read(renamed[name])),
             source,
             device,
+            dtype,
         )
     return model, _read_tokenizer(path, config.vocab_size)
 
@@ -183,6 +198,27 @@ def save_gpt2(model: GPT, path: str | os.PathLike[str], tokenizer: Tokenizer | N
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def read_gpt2_sizes(path: Path) -> tuple[GPTConfig, Tokenizer | None]:
+    """The sizes and the tokenizer of a folder, as `load_gpt2`, without its weights."""
+    config = _read_config(path / "config.json")
+    return config, _read_tokenizer(path, config.vocab_size)
+
+
+def stored_equally(path: Path, other: Path, dtype: torch.dtype) -> bool:
+    """Whether two folders hold the same weights, bit by bit, once rounded to a dtype.
+
+    Masks and a tied head, which one of them may hold besides, do not count. Weights are read one at
+    a time.
+    """
+    with ExitStack() as files:
+        (a, shapes_a, read_a), (b, shapes_b, read_b) = (_weights(p, files) for p in (path, other))
+        names_a, names_b = dict(_renamed(a, shapes_a)), dict(_renamed(b, shapes_b))
+        return names_a.keys() == names_b.keys() and all(
+            torch.equal(read_a(names_a[name]).to(dtype), read_b(names_b[name]).to(dtype))
+            for name in names_a
+        )
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -265,8 +301,9 @@ def _pickle(file: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], tor
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except UNPICKLING_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: expected tensors without code: {reason}") from error
+        raise ValueError(
+            f"{file}: expected tensors without code: {unpickling_reason(error)}"
+        ) from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in weights.items()
     ):
