@@ -16,7 +16,7 @@ import gptfast
 from benchmarks.static_report.calls import Call, registered_calls, reports_of
 from gptfast import backend
 from gptfast.backend import dtype_name
-from gptfast.testing import DTYPES, cuda_host
+from gptfast.testing import DTYPES, Case, cuda_host
 
 # Of the ops with CUDA kernels, those that do little but read and write.
 OPS = (
@@ -67,6 +67,20 @@ def count(call: Call) -> Traffic:
     return Traffic(read, written, least=sum(map(_bytes, (*call.reads, *call.writes))))
 
 
+def calls(case: Case, dtype: torch.dtype) -> list[Call]:
+    """Forward and backward of a case, and what does both at once."""
+    found = registered_calls(case, dtype)
+    if case.op == "cross_entropy":
+        fwd, bwd = found
+        dloss, x, target, weight, _, *options = bwd.args
+        reads = [t for t in (x, dloss, target, weight) if t is not None]
+        op = torch.ops.gptfast.cross_entropy_fused.default
+        args = (x, dloss, target, weight, *options)
+        writes = fwd.writes[0], *bwd.writes
+        found.append(Call("cross_entropy_fused", op, args, tuple(reads), writes))
+    return found
+
+
 def _bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
@@ -81,7 +95,7 @@ def main(
             for d in DTYPES:
                 if dtype and dtype_name(d) not in dtype:
                     continue
-                for call in registered_calls(case, d):
+                for call in calls(case, d):
                     traffic = count(call)
                     print(
                         f"{case} {dtype_name(d)} {call.name}: read {traffic.read}, written "

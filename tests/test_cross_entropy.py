@@ -13,7 +13,7 @@ import gptfast
 import gptfast.nn
 from gptfast import testing
 from gptfast.testing import Case, assert_close_in_norm
-from gptfast.testing.cross_entropy import plain_loss
+from gptfast.testing.cross_entropy import loss_options, plain_loss
 
 # Not an import: gptfast.ops has a function of this name.
 LINEAR = sys.modules["gptfast.ops.linear_cross_entropy"]
@@ -132,6 +132,86 @@ def test_compiled_code_overwrites_too(rows):
         results.append(torch.autograd.grad(call(logits), (logits, x, w)))
         assert torch.equal(results[-1][0], logits.detach())
     torch.testing.assert_close(*results)
+
+
+# ---- Loss and gradient at once -------------------------------------------------------------------
+
+ALL = {"z_loss": 0.1, "softcap": 5.0, "weight": True, "label_smoothing": 0.2, "ignored": 0.3}
+AT_ONCE = [
+    *(Case("cross_entropy", (9, 37), options={"reduction": r, **ALL}) for r in ("none", "mean")),
+    Case("cross_entropy", (2, 3, 41), options={"reduction": "sum", "weight": True}),
+    Case("cross_entropy", (4, 9), options={"ignored": 1.0}),
+    Case("cross_entropy", (5, 77), "nonfinite", options={"reduction": "none"}),
+    Case("cross_entropy", (6, 41), layout="transposed"),
+    Case("cross_entropy", (6, 41), layout="sliced", options={"label_smoothing": 0.2}),
+    Case("cross_entropy", (0, 16)),
+    Case("cross_entropy", (2, 50257)),
+]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("case", AT_ONCE, ids=str)
+def test_loss_and_gradient_at_once(place, case, overwrite):
+    for dtype in testing.DTYPES:
+        problem = testing.make_problem(case, dtype, place.device)
+        logits = problem.inputs["logits"]
+        if overwrite:  # a tensor of its own
+            logits = logits.clone(memory_format=torch.contiguous_format)
+        before, version = logits.clone(), logits._version
+        with gptfast.use_backend(place.backend), testing.poison_empty():
+            loss, dlogits = gptfast.cross_entropy_with_gradient(
+                logits,
+                *(problem.inputs[name] for name in ("target", "class_weight")),
+                dloss=problem.dys["result"],
+                inplace=overwrite,
+                **loss_options(case.options),
+            )
+        problem.judge({"result": loss, "logits": dlogits})
+        assert (dlogits is logits, logits._version > version) == (overwrite, overwrite)
+        if not overwrite:
+            torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_unaligned_loss_and_gradient_at_once(place):
+    logits = torch.randn(5 * 41 + 1, device=place.device)[1:].view(5, 41).requires_grad_()
+    target = torch.tensor([3, 40, 0, 7, 12], device=place.device)
+    expected = F.cross_entropy(logits, target)
+    with gptfast.use_backend(place.backend):
+        got = gptfast.cross_entropy_with_gradient(logits.detach(), target)
+    torch.testing.assert_close(got, (expected.detach(), *torch.autograd.grad(expected, logits)))
+
+
+def test_gradient_at_once_trains_without_autograd_of_the_loss(rows):
+    x, w, target = rows
+    expected = torch.autograd.grad(F.cross_entropy(x @ w.T, target), w)[0]
+    logits = x @ w.T
+    _, dlogits = gptfast.cross_entropy_with_gradient(logits.detach(), target, inplace=True)
+    logits.backward(dlogits)
+    torch.testing.assert_close(w.grad, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_loss_and_gradient_at_once_are_registered(rows, inplace):
+    logits = torch.randn(6, 20)
+    name = "cross_entropy_fused_" if inplace else "cross_entropy_fused"
+    args = logits, torch.rand(6), rows[2], None, -100, 0.1, 0.0, None
+    torch.library.opcheck(getattr(torch.ops.gptfast, name).default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.ones(6, 20, requires_grad=True)}, RuntimeError, "must not require grad"),
+        ({"logits": torch.ones(20, 6).T, "inplace": True}, RuntimeError, r"strides \(1, 6\)"),
+        ({"dloss": torch.ones(6)}, ValueError, r"dloss must be \(\), got \(6,\)"),
+        ({"target": torch.full((6,), 20)}, IndexError, "got 20 at position 0"),
+    ],
+)
+def test_loss_and_gradient_at_once_refuse(rows, change, error, message):
+    with pytest.raises(error, match=f"cross_entropy.*{message}"):
+        gptfast.cross_entropy_with_gradient(
+            **{"logits": torch.ones(6, 20), "target": rows[2], **change}
+        )
 
 
 # ---- Options -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from math import inf
 import pytest
 import test_adamw
 import test_add_layer_norm
+import test_cross_entropy
 import test_glu
 import torch
 from places import Place, refused
@@ -104,6 +105,12 @@ EVERYWHERE = [
     (test_adamw.test_masters_see_what_bfloat16_would_lose, {}),
     (test_add_layer_norm.test_either_result_may_go_unused, {"name": "add_layer_norm", "p": 0.4}),
     (test_add_layer_norm.test_either_result_may_go_unused, {"name": "add_rms_norm", "p": 0.0}),
+    *(
+        (test_cross_entropy.test_loss_and_gradient_at_once, {"case": case, "overwrite": overwrite})
+        for case in test_cross_entropy.AT_ONCE
+        for overwrite in (False, True)
+    ),
+    (test_cross_entropy.test_unaligned_loss_and_gradient_at_once, {}),
     (test_glu.test_the_slope_at_infinity_is_the_limit, {"activation": "silu"}),
     (test_glu.test_gradients_nobody_wants_are_not_computed, {"needs": [True, False]}),
 ]

@@ -119,6 +119,7 @@ void register_cuda(pybind11::module_& m) {
   BIND(bias_gelu_bwd);
   BIND(bias_gelu_fwd);
   BIND(cross_entropy_bwd);
+  BIND(cross_entropy_fused);
   BIND(cross_entropy_fwd);
   BIND(gelu_bwd);
   BIND(gelu_fwd);

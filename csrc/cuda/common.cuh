@@ -123,7 +123,7 @@ __device__ __forceinline__ void store_some(T* to, const Pack<T, kWidth>& pack, b
     if (i < count) to[i] = pack.value[i];
 }
 
-// kWidth neighbours from any address.
+// kWidth neighbours from any address, and to any.
 template <int kWidth, class T>
 __device__ __forceinline__ Pack<T, kWidth> load_any(const T* from) {
   Pack<T, kWidth> pack;
@@ -131,6 +131,11 @@ __device__ __forceinline__ Pack<T, kWidth> load_any(const T* from) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) pack.value[i] = from[i];
   return pack;
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void store_any(T* to, const Pack<T, kWidth>& pack) {
+  store_some(to, pack, reinterpret_cast<uintptr_t>(to) % sizeof(pack) == 0, kWidth);
 }
 
 // Whether all these pointers (null ones, too) are aligned to 16 bytes.

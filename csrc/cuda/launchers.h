@@ -121,6 +121,12 @@ void cross_entropy_bwd(const float* dloss, const void* x, const int64_t* target,
                        DType w_dtype, const float* w_sum, const float* lse, void* dx, int64_t M,
                        int64_t V, int64_t ignore_index, float smoothing, float z_loss,
                        float softcap, DType dtype, cudaStream_t stream);
+// Both in one read of x, where a row and 16 bytes more fit into shared_bytes of shared memory. dx may
+// be x.
+void cross_entropy_fused(const float* dloss, const void* x, const int64_t* target, const void* w,
+                         DType w_dtype, float* loss, void* dx, int64_t M, int64_t V,
+                         int64_t ignore_index, float smoothing, float z_loss, float softcap,
+                         int64_t shared_bytes, DType dtype, cudaStream_t stream);
 
 // y = act(x W^T + b). x: (M, K), rows stride_x elements apart. weight, scale, zero: as
 // gptfast/ops/linear_decode.py describes them, the packed ones aligned to 16 bytes; scale, zero and

@@ -8,7 +8,7 @@ from gptfast.ops.attention_decode_append import attention_decode_append
 from gptfast.ops.attention_qkv import attention_qkv
 from gptfast.ops.attention_varlen import attention_varlen
 from gptfast.ops.bias_gelu import bias_gelu
-from gptfast.ops.cross_entropy import cross_entropy
+from gptfast.ops.cross_entropy import cross_entropy, cross_entropy_with_gradient
 from gptfast.ops.dropout_add import dropout_add
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
@@ -37,6 +37,7 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "cross_entropy",
+    "cross_entropy_with_gradient",
     "dequantize_weight",
     "dropout_add",
     "embedding",

@@ -10,6 +10,8 @@ a = (1 - s) w_t + (s / V) sum_c w_c + 2 zeta lse:
 dz_c = g (a exp(z_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c),   dx_c = dz_c / cosh(x_c / k)^2
 
 Sums and means over rows are left to PyTorch: they cost M reads next to M V.
+
+Where g is known before the loss, one read of x is enough for both: `cross_entropy_with_gradient`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     cuda_parameter,
+    cuda_room,
     define,
     fp32_parameter,
     pointer,
@@ -210,6 +213,51 @@ def cuda_bwd(
     return dx
 
 
+def _in_two(losses: backend.Implementation) -> backend.Implementation:
+    """Loss and gradient by the two passes of a backend."""
+
+    def fused(
+        x: torch.Tensor,
+        dloss: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float | None,
+        inplace: bool,
+    ) -> Tensors2:
+        options = ignore_index, label_smoothing, z_loss, softcap
+        loss, lse = losses.fwd(x, target, weight, *options)
+        return loss, losses.bwd(dloss, x, target, weight, lse, *options, inplace)
+
+    return backend.Implementation(fused)
+
+
+def cuda_fused(
+    x: torch.Tensor,
+    dloss: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
+) -> Tensors2:
+    """Loss and gradient by one kernel of the `cuda` backend."""
+    x, target, dloss = (t.contiguous() for t in (x, target, dloss))
+    M, V = x.shape
+    if x.device.type == "cpu":  # as in cuda_fwd
+        check_targets("cross_entropy", target, V, ignore_index)
+    loss = torch.empty(M, dtype=torch.float32, device=x.device)
+    dx = x if inplace else torch.empty_like(x)
+    given = dloss, x, target, *cuda_parameter(weight), loss, dx, M, V
+    options = ignore_index, label_smoothing, z_loss, softcap or 0.0
+    backend.launch_cuda("cross_entropy_fused", x, *given, *options, cuda_room(x))
+    return loss, dx
+
+
 def check_targets(op: str, target: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raise IndexError naming the first target outside [0, V) that is not ignored (it waits)."""
     bad = ((target < 0) | (target >= V)) & (target != ignore_index)
@@ -232,6 +280,14 @@ OP = backend.Op(
         "triton": backend.triton_implementation("cross_entropy"),
         "cuda": backend.Implementation(cuda_fwd, cuda_bwd),
     },
+)
+FUSED = backend.Op(
+    "cross_entropy_fused",
+    {
+        **{name: _in_two(OP.implementations[name]) for name in ("torch", "cpu", "triton")},
+        "cuda": backend.Implementation(cuda_fused),
+    },
+    listed=False,
 )
 
 
@@ -296,6 +352,37 @@ cross_entropy_fwd = define(
     _fake_fwd,
     backward=_backward,
     setup_context=_setup_context,
+)
+
+
+def _fused(x: torch.Tensor, *args: Any) -> Tensors2:
+    return FUSED.choose(x).fwd(x, *args, False)
+
+
+def _fused_inplace(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    if not x.is_contiguous():
+        raise RuntimeError(f"cross_entropy_fused_: x must be contiguous, got strides {x.stride()}")
+    loss, _ = FUSED.choose(x).fwd(x, *args, True)
+    torch.autograd.graph.increment_version(x)  # as in _bwd_inplace
+    return loss
+
+
+FUSED_ARGUMENTS = (
+    "Tensor dloss, Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing,"
+    " float z_loss, float? softcap"
+)
+cross_entropy_fused = define(
+    f"cross_entropy_fused(Tensor x, {FUSED_ARGUMENTS}) -> (Tensor, Tensor)",
+    _fused,
+    lambda x, *_: (
+        x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype)),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    ),
+)
+cross_entropy_fused_ = define(  # x becomes dx
+    f"cross_entropy_fused_(Tensor(a!) x, {FUSED_ARGUMENTS}) -> Tensor",
+    _fused_inplace,
+    lambda x, *_: x.new_empty(x.shape[0], dtype=statistics_dtype(x.dtype)),
 )
 
 
@@ -367,6 +454,78 @@ def cross_entropy(
         inplace_backward,
     )
     return reduced(loss, target, weight, ignore_index, reduction)
+
+
+def cross_entropy_with_gradient(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    dloss: float | torch.Tensor = 1.0,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """loss = cross_entropy(logits, target, ...) and dloss * d loss / d logits, without autograd.
+
+    For training loops that know dloss before the loss (1, or a factor of scaling or accumulation)::
+
+        loss, dlogits = cross_entropy_with_gradient(logits.detach(), target, inplace=True)
+        logits.backward(dlogits)
+
+    The CUDA kernel reads the logits once for both, where a row fits into shared memory, instead of
+    once in each pass; other backends run their two passes.
+
+    Args:
+        logits: as in `cross_entropy`, and so are target to softcap.
+        dloss: what comes from behind the loss: a number, or a tensor of its shape.
+        inplace: whether to overwrite the logits, which must be contiguous, with the gradient.
+
+    Returns:
+        The loss, as `cross_entropy` returns it, and the gradient in the logits' shape and dtype.
+
+    Raises:
+        RuntimeError: logits that require grad, where it is enabled: the results have no graph.
+            `inplace` for logits that are not contiguous.
+        TypeError, ValueError, IndexError: as `cross_entropy` does.
+
+    Source: the "fused classifier" of Karpathy's llm.c, 2024.
+    """
+    op = "cross_entropy_with_gradient"
+    check_floating(op, "logits", logits)
+    if logits.dim() == 0:
+        raise ValueError(f"{op}: logits must be (..., V), got a scalar")
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: logits must not require grad, got some that do: detach() them")
+    if inplace and not logits.is_contiguous():
+        raise RuntimeError(
+            f"{op}: with inplace the logits must be contiguous, got strides {logits.stride()}"
+        )
+    V = logits.shape[-1]
+    given = op, logits, V, target, weight, reduction, label_smoothing, z_loss, softcap
+    weight = checked_loss_arguments(*given)
+    rows = target.reshape(-1)
+    if isinstance(dloss, torch.Tensor):
+        check_device(op, logits.device, dloss=dloss)
+        scale = dloss.to(statistics_dtype(logits.dtype))
+    else:
+        scale = logits.new_full((), dloss, dtype=statistics_dtype(logits.dtype))
+    if reduction == "mean":
+        scale = scale / counted(target, weight, ignore_index)
+    if scale.dim():
+        check_shape(op, "dloss", scale, tuple(target.shape) if reduction == "none" else ())
+    x = logits.reshape(rows.shape[0], V)
+    args = scale.expand(target.shape).reshape(-1), rows, weight
+    options = ignore_index, label_smoothing, z_loss, softcap
+    if inplace:
+        loss, dlogits = cross_entropy_fused_(x, *args, *options), logits
+    else:
+        loss, dx = cross_entropy_fused(x, *args, *options)
+        dlogits = dx.view(logits.shape)
+    return reduced(loss, target, weight, ignore_index, reduction), dlogits
 
 
 def checked_loss_arguments(

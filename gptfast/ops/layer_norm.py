@@ -19,13 +19,13 @@ from gptfast.ops.library import (
     check_floating,
     check_shape,
     cuda_parameter,
+    cuda_room,
     define,
     fp32_parameter,
     pointer,
     statistics_dtype,
 )
 from gptfast.ops.philox import dropout_threshold
-from gptfast.targets import target_of
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Tensors4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -257,7 +257,7 @@ def cuda_forward(
         r = torch.empty_like(residual)
     parameters = *cuda_parameter(x_bias), *cuda_parameter(w), *cuda_parameter(b)
     results = y, None if residual is None else r, mean, rstd
-    sizes = rstd.numel(), x.shape[-1], eps, target_of(x.device).shared_memory
+    sizes = rstd.numel(), x.shape[-1], eps, cuda_room(x)
     mask = seed, dropout_threshold(dropout_p)
     codes = (backend.DTYPE_CODES[r.dtype],)
     backend.launch_cuda(
@@ -293,7 +293,7 @@ def cuda_backward(
         partial = rstd.new_empty(programs, 3 if needs[4] else 2, N)
         c1_c2 = rstd.new_empty(M, 2) if needs[4] else None
     given = r, dy, dr, *cuda_parameter(w), mean, rstd, seed, dropout_threshold(dropout_p)
-    sizes = programs, M, N, target_of(r.device).shared_memory, backend.DTYPE_CODES[x_dtype]
+    sizes = programs, M, N, cuda_room(r), backend.DTYPE_CODES[x_dtype]
     backend.launch_cuda("layer_norm_bwd", r, *given, dresidual, dx, *sums, partial, c1_c2, *sizes)
     empty = r.new_empty(0)
     dx = r.new_empty(0, dtype=x_dtype) if dx is None else dx

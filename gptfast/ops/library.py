@@ -14,6 +14,7 @@ from torch._functorch import autograd_function as functorch
 from torch.autograd import forward_ad
 
 from gptfast import backend
+from gptfast.targets import target_of
 
 LIBRARY = torch.library.Library("gptfast", "DEF")
 
@@ -236,6 +237,14 @@ def fp32_parameter(w: torch.Tensor | None) -> torch.Tensor | None:
     if w is None or (w.dtype is torch.float32 and w.is_contiguous()):
         return w
     return w.to(torch.float32).contiguous()
+
+
+def cuda_room(x: torch.Tensor) -> int:
+    """Bytes of shared memory that a CUDA kernel may ask for in its launch, on x's device.
+
+    1 KiB is left for what it declares itself: `benchmarks/cuda_report.json` has how much that is.
+    """
+    return target_of(x.device).shared_memory - 1024
 
 
 def cuda_parameter(w: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
