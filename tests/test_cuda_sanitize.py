@@ -19,9 +19,9 @@ HERE = Path(__file__).parent / "cuda"
 BUILD = cuda_host.ROOT / "build/cuda-on-cpu"
 KERNELS = cuda_host.ROOT / "csrc/cuda"
 SANITIZERS = {
-    # Unoptimised: these programs run for seconds, and would compile for a minute.
+    # Unoptimised, or they would compile for a minute; under "thread" -O0 runs for minutes.
     "address": ("-g", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-g", "-O0", "-fsanitize=thread"),
+    "thread": ("-g", "-O1", "-fsanitize=thread"),
     "none": ("-O1",),
 }
 
@@ -37,14 +37,19 @@ def run(program):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+def launch_all(source, flags, target, root=cuda_host.ROOT):
+    """Every kernel of one source on every path: the program of its name."""
+    sources = [root / f"tests/cuda/launch/{source}.cpp", root / f"csrc/cuda/{source}.cu"]
+    return run(cuda_host.compile_all(sources, flags, target))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_every_kernel(sanitizer):
-    target = BUILD / f"everything-{sanitizer}/run"
-    sources = [HERE / "launch_everything.cpp", *sorted(KERNELS.glob("*.cu"))]
-    done = run(cuda_host.compile_all(sources, SANITIZERS[sanitizer], target))
+@pytest.mark.parametrize("source", sorted(path.stem for path in KERNELS.glob("*.cu")))
+def test_every_kernel(source, sanitizer):
+    done = launch_all(source, SANITIZERS[sanitizer], BUILD / f"{source}-{sanitizer}/run")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == "ran everything\n"
+    assert done.stdout == "launched all\n"
 
 
 def build_planted(fault, sanitizer):
@@ -84,38 +89,41 @@ def test_a_planted_fault_is_found(fault, sanitizer, report):
     assert re.search(report, done.stderr), done.stderr[-4000:]
 
 
-def run_without(tmp_path, file, deleted, sanitizer):
-    """Everything, with the last place of a text deleted from one of the sources."""
-    before, behind = (KERNELS / file).read_text().rsplit(deleted, 1)
+def every(instruction):
+    """The file and the number of each line of the kernels with such an instruction."""
+    return [
+        pytest.param(path, number, id=f"{path.name}:{number + 1}")
+        for path in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")])
+        for number, line in enumerate(path.read_text().splitlines())
+        if re.search(instruction, line)
+    ]
+
+
+def launch_without(tmp_path, instruction, path, number, flags):
+    """The kernels that a file is for, without the instruction of one of its lines."""
     shutil.copytree(KERNELS.parent, tmp_path / "csrc")
     shutil.copytree(HERE, tmp_path / "tests/cuda")
-    (tmp_path / "csrc/cuda" / file).write_text(before + behind)
-    sources = [tmp_path / "tests/cuda/launch_everything.cpp", *tmp_path.glob("csrc/cuda/*.cu")]
-    return run(cuda_host.compile_all(sources, SANITIZERS[sanitizer], tmp_path / "build/run"))
+    lines = path.read_text().splitlines()
+    lines[number] = re.sub(instruction, "{}", lines[number])
+    (tmp_path / "csrc/cuda" / path.name).write_text("\n".join(lines))
+    source = {"common": "layer_norm", "column_sums": "gelu"}.get(path.stem, path.stem)
+    return launch_all(source, flags, tmp_path / "build/run", root=tmp_path)
+
+
+BARRIER, WAIT = r"__sync(threads|warp)\(\);", r"cp_async_wait<\d>\(\);"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "barrier"),
-    [
-        ("common.cuh", "  __syncthreads();"),  # behind it row_reduce reads the warps' sums
-        ("attention.cu", "    __syncthreads();"),  # that waits for the next keys
-        ("attention_decode.cu", "    __syncwarp();  // this tile is there\n"),
-    ],
-)
-def test_a_barrier_deleted_from_a_shipped_kernel_is_noticed(tmp_path, file, barrier):
-    assert "data race" in run_without(tmp_path, file, barrier, "thread").stderr
+@pytest.mark.parametrize(("path", "number"), every(BARRIER))
+def test_a_barrier_deleted_from_a_shipped_kernel_is_noticed(tmp_path, path, number):
+    flags = "-g", "-O0", "-fsanitize=thread"  # it does not run for long
+    done = launch_without(tmp_path, BARRIER, path, number, flags)
+    assert "data race" in done.stderr, done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "wait"),
-    [
-        ("attention.cu", "    cp_async_wait<0>();"),  # for the next keys
-        ("attention_decode.cu", "    cp_async_wait<1>();"),
-    ],
-)
-def test_a_wait_deleted_from_attention_is_noticed(tmp_path, file, wait):
-    done = run_without(tmp_path, file, wait, "none")
+@pytest.mark.parametrize(("path", "number"), every(WAIT))
+def test_a_wait_deleted_from_attention_is_noticed(tmp_path, path, number):
+    done = launch_without(tmp_path, WAIT, path, number, SANITIZERS["none"])
     assert done.returncode != 0
     assert re.search("not finite|never waited for", done.stderr), done.stderr[-4000:]

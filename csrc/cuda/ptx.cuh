@@ -102,22 +102,18 @@ __device__ __forceinline__ void ldmatrix_4(uint32_t (&matrices)[4], const void* 
   if (reinterpret_cast<uintptr_t>(row) & 15)
     cuda_on_cpu::fail("ldmatrix_4: an address is not aligned to 16 bytes");
   const int g = cuda_on_cpu::current->lane() / 4, t = cuda_on_cpu::current->lane() % 4;
-  struct Rows {
-    const uint16_t* of_matrix[4][2];  // those with this lane's elements
+  struct Row {
+    uint16_t at[8];
   };
-  const Rows rows = cuda_on_cpu::warp_exchange(
-      {"ldmatrix", called_from}, 0xffffffffu, static_cast<const uint16_t*>(row), [&](auto row_of) {
-        Rows result;
-        for (int i = 0; i < 4; ++i)
-          for (int half = 0; half < 2; ++half)
-            result.of_matrix[i][half] = row_of(8 * i + (kTransposed ? 2 * t + half : g));
-        return result;
-      });
-  for (int i = 0; i < 4; ++i) {
-    const auto& [first, second] = rows.of_matrix[i];
-    matrices[i] = kTransposed ? first[g] | uint32_t{second[g]} << 16
-                              : first[2 * t] | uint32_t{second[2 * t + 1]} << 16;
-  }
+  Row own;  // read by the lane that hands in its address
+  std::memcpy(&own, row, sizeof own);
+  cuda_on_cpu::warp_exchange({"ldmatrix", called_from}, 0xffffffffu, own, [&](auto row_of) {
+    for (int i = 0; i < 4; ++i)
+      matrices[i] =
+          kTransposed
+              ? row_of(8 * i + 2 * t).at[g] | uint32_t{row_of(8 * i + 2 * t + 1).at[g]} << 16
+              : row_of(8 * i + g).at[2 * t] | uint32_t{row_of(8 * i + g).at[2 * t + 1]} << 16;
+  });
 #endif
 }
 

@@ -171,9 +171,7 @@ struct Sampler {
         return goes_on;
       });
     __syncthreads();
-    const auto token = static_cast<int64_t>(shared.found[0]);
-    __syncthreads();
-    return token;
+    return static_cast<int64_t>(shared.found[0]);
   }
 
   // Where tokens are kept in the order of their keys until their amounts reach `wanted`: found digit
@@ -257,11 +255,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                   int64_t stride_previous, int64_t P, int64_t* tokens, int64_t V, SamplingRule rule,
                   uint64_t seed, uint64_t offset) {
   DYN_SMEM(bytes);
-  __shared__ Shared shared;
+  auto& shared = *reinterpret_cast<Shared*>(bytes);
   const int64_t b = blockIdx.x;
   logits += b * stride_row;
   const auto ahead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
-  auto* seen = reinterpret_cast<uint32_t*>(bytes);
+  auto* seen = reinterpret_cast<uint32_t*>(bytes + sizeof(Shared));
   if (P > 0) {
     for (int64_t i = threadIdx.x; i < ceil_div(V, int64_t{32}); i += kThreads) seen[i] = 0;
     __syncthreads();
@@ -326,7 +324,8 @@ void sample(const void* logits, int64_t stride_row, const int64_t* previous,
   if (V < 1 || V > kMostTokens)
     throw std::runtime_error("sample: a row must have 1 to 2^18 logits, got " + std::to_string(V));
   const SamplingRule rule{penalty, steps, top_k, share, static_cast<uint64_t>(min_weight)};
-  const size_t shared_bytes = P > 0 ? static_cast<size_t>(ceil_div(V, int64_t{32})) * 4 : 0;
+  const size_t shared_bytes =
+      sizeof(Shared) + (P > 0 ? static_cast<size_t>(ceil_div(V, int64_t{32})) * 4 : 0);
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     LAUNCH((sample_kernel<T>), grid_of(B), kThreads, shared_bytes, stream,

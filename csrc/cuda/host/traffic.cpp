@@ -4,8 +4,9 @@
 // memory access, and linked with these functions instead of ThreadSanitizer. Memory is counted in
 // sectors of 32 bytes, as GPUs fetch it, by the rules of benchmarks/static_report/traffic.py: a
 // sector counts once a launch, however many blocks touch it, unless only one block does and has
-// touched kNear bytes since: its share of the L2 cache is used up by then. Between launches nothing
-// stays.
+// touched kNear bytes since: its share of the L2 cache is used up by then. Threads that run one after
+// another here run together on a GPU: between two barriers it is for one thread alone that the others'
+// bytes lie in between. Between launches nothing stays.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -24,6 +25,8 @@ struct Range {
 };
 struct Sector {
   int64_t touched = -1, block = -1;  // when last, in bytes that went by, and by whom
+  int64_t phase = -1;                // barriers of the block before that
+  int thread = -1;                   // the first one in that phase
   int64_t reads = 0, writes = 0;
   bool shared = false;
 };
@@ -55,10 +58,16 @@ void touch(const void* address, uintptr_t size, bool write) {
   launch_now = cuda_on_cpu::launches;
   const uint3 i = block->index;
   const int64_t number = (int64_t{i.z} * block->grid.y + i.y) * block->grid.x + i.x;
+  const int64_t phase = block->barrier.generation;
+  const int thread = cuda_on_cpu::current->linear;
   for (uintptr_t at = begin / kSector; at * kSector < begin + size; ++at) {
     Sector& s = sectors[at];
     s.shared |= s.touched >= 0 && s.block != number;
-    const bool again = s.touched < 0 || clock_now - s.touched > kNear;
+    const bool same_phase = s.block == number && s.phase == phase;
+    const bool far = s.touched < 0 || clock_now - s.touched > kNear;
+    const bool again = far && (!same_phase || s.thread == thread);
+    if (!same_phase) s.thread = thread;
+    s.phase = phase;
     if (write)
       s.writes += again || s.writes == 0;
     else
@@ -91,6 +100,12 @@ ACCESS(4)
 ACCESS(8)
 ACCESS(16)
 #undef ACCESS
+unsigned __tsan_atomic32_fetch_add(volatile unsigned* at, unsigned value, int) {
+  return std::exchange(*at, *at + value);
+}
+unsigned __tsan_atomic32_fetch_or(volatile unsigned* at, unsigned value, int) {
+  return std::exchange(*at, *at | value);
+}
 }
 
 // Adds global memory: accesses elsewhere are not counted.
