@@ -193,10 +193,15 @@ def find_cuda(compiler: list[str]) -> tuple[Cuda | None, str]:
     command = [nvcc, *CUDA_FLAGS]
     if len(compiler) == 1:
         command += ["-ccbin", compiler[0]]
+    # One PTX for all cards, for making it is most of the work, and no kernel wants more than the
+    # oldest has. Newer cards than these can run it, too. Names like 90a must have their own.
+    plain = [arch for arch in archs if arch.isdigit()]
+    if plain:
+        code = ",".join([*(f"sm_{arch}" for arch in plain), f"compute_{plain[0]}"])
+        command.append(f"-gencode=arch=compute_{plain[0]},code=[{code}]")
     for arch in archs:
-        # PTX of the newest runs on cards that are newer still.
-        code = f"[sm_{arch},compute_{arch}]" if arch == archs[-1] else f"sm_{arch}"
-        command.append(f"-gencode=arch=compute_{arch},code={code}")
+        if arch not in plain:
+            command.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
     version = subprocess.check_output([nvcc, "--version"], text=True)
     release = "".join(re.findall(r"release ([\d.]+)", version)) or version.strip()
     if not archs or not compiles(command, "__global__ void kernel() {}", "cu"):
@@ -207,7 +212,8 @@ def find_cuda(compiler: list[str]) -> tuple[Cuda | None, str]:
     includes = [part.replace("-I", "-isystem", 1) for part in paths["INCLUDES"]]
     libraries = [*paths["LIBRARIES"], "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     names = ", ".join(f"sm_{arch}" for arch in archs)
-    decision = f"{names} and PTX of the last, by nvcc {release}"
+    ptx = " and PTX" if plain else ""
+    decision = f"{names}{ptx}, by nvcc {release}"
     return Cuda(command, archs, includes, libraries), decision
 
 

@@ -82,25 +82,35 @@ def nvcc_release() -> str:
     return found[1] if found else said
 
 
-def compile_file(source: Path, arch: str) -> list[Row]:
-    """Every kernel of one source for one architecture.
+def compile_file(source: Path, archs: Sequence[str]) -> list[Row]:
+    """Every kernel of one source for some architectures, from the PTX of a build for all.
 
     Raises:
         RuntimeError: what nvcc said.
     """
+    oldest = from_setup("CUDA_ARCHS")[0]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        keep = ["-keep", "-keep-dir", folder, "-o", f"{folder}/out.cubin"]
-        command = ["nvcc", *from_setup("CUDA_FLAGS"), f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
-        done = subprocess.run([*command, *keep, str(source)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{source.name} for sm_{arch}: {done.stderr[-4000:]}")
-        (ptx,) = Path(folder).glob("*.ptx")
-        usage, code = resources(done.stderr), instructions(ptx.read_text())
-    names = demangled(list(usage))
-    return [
-        Row(source.stem, names[mangled], f"sm_{arch}", **usage[mangled], **code[mangled])
-        for mangled in usage
-    ]
+        ptx = f"{folder}/{source.stem}.ptx"
+
+        def nvcc(given: str | Path, *flags: str) -> str:
+            command = ["nvcc", *from_setup("CUDA_FLAGS"), *flags, str(given)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{source.name}: {done.stderr[-4000:]}")
+            return done.stderr
+
+        nvcc(source, f"-arch=compute_{oldest}", "-ptx", "-o", ptx)
+        code = instructions(Path(ptx).read_text())
+        names = demangled(list(code))
+        for arch in archs:
+            target = f"-gencode=arch=compute_{oldest},code=sm_{arch}"
+            said = nvcc(ptx, target, "-cubin", "-Xptxas", "-v", "-o", f"{folder}/cubin")
+            rows += [
+                Row(source.stem, names[mangled], f"sm_{arch}", **usage, **code[mangled])
+                for mangled, usage in resources(said).items()
+            ]
+    return rows
 
 
 def resources(said: str) -> dict[str, dict[str, int]]:
@@ -207,9 +217,9 @@ class Table:
 
 def report(files: Iterable[Path], archs: Iterable[str], processes: int) -> list[Row]:
     """The rows of some sources for some architectures."""
-    jobs = [(file, arch) for file in files for arch in archs]
+    archs = list(archs)
     with ThreadPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(lambda job: compile_file(*job), jobs) for row in rows]
+        return [r for rows in pool.map(lambda file: compile_file(file, archs), files) for r in rows]
 
 
 def main(

@@ -93,7 +93,7 @@ def uncovered(capability: tuple[int, int], archs: str) -> str | None:
 
     Args:
         capability: the card's, (9, 0) for example.
-        archs: as in `_C.build_info()`: "80,90a"; of the last there is PTX, too.
+        archs: as in `_C.build_info()`: "80,90a"; of the first without a letter there is PTX, too.
     """
     major, minor = capability
     names = archs.split(",")
@@ -102,8 +102,9 @@ def uncovered(capability: tuple[int, int], archs: str) -> str | None:
         specific = not name.isdigit()
         if built == capability or (built[0] == major and built[1] <= minor and not specific):
             return None
-    if names[-1].isdigit() and int(names[-1]) < 10 * major + minor:
-        return None  # its PTX is compiled for the card by the driver
+    plain = [int(name) for name in names if name.isdigit()]
+    if plain and plain[0] < 10 * major + minor:
+        return None  # the driver compiles the PTX for the card
     return (
         f"gptfast._C was built for sm_{', sm_'.join(names)}, the card is sm_{major}{minor}: "
         f"rebuild with GPTFAST_CUDA_ARCHS={major}{minor}"

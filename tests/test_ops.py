@@ -138,6 +138,22 @@ def test_gradcheck_of_the_reference(case):
     testing.gradcheck(case)
 
 
+@pytest.mark.parametrize(
+    ("card", "archs", "runs"),
+    [
+        ((8, 0), "80,90", True),
+        ((8, 6), "80,90", True),
+        ((7, 5), "80,90", False),
+        ((9, 0), "80,100", True),  # by the PTX of the first
+        ((12, 1), "80,90a", True),
+        ((10, 0), "90a", False),
+        ((9, 0), "100", False),
+    ],
+)
+def test_which_cards_a_build_covers(card, archs, runs):
+    assert (backend.uncovered(card, archs) is None) == runs
+
+
 # ---- Registration --------------------------------------------------------------------------------
 
 

@@ -55,6 +55,18 @@ struct Row {
         store(cache + c, pack);
     });
   }
+  // Of a row that is `from` (null: zeros) and is read again where nothing keeps it.
+  __device__ __forceinline__ Row(const T* from, T* cache, int64_t N)
+      : source(kWide && cache ? cache : from) {
+    if (kWide && !cache) return;
+    for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
+      const Pack<T, kWidth> pack = from ? load<kWidth>(from + c) : Pack<T, kWidth>{};
+      if constexpr (kWide)
+        store(cache + c, pack);
+      else
+        own = pack;
+    });
+  }
   __device__ __forceinline__ Pack<T, kWidth> at(int64_t c) const {
     if constexpr (kWide)
       return load<kWidth>(source + c);
@@ -197,11 +209,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int64_t row = program; row < a.M; row += a.programs) {
     const float mu = a.mean ? a.mean[row] : 0.0f, rs = a.rstd[row];
     const T* const dy_row = a.dy ? a.dy + row * N : nullptr;
-    const Row<T, kWidth, kWide> dys(dy_row, keeps.caches ? dy_cache : nullptr, N, [&](int64_t c) {
-      return dy_row ? load<kWidth>(dy_row + c) : Pack<T, kWidth>{};
-    });
-    const Row<R, kWidth, kWide> rows(a.r + row * N, keeps.caches ? r_cache : nullptr, N,
-                                     [&](int64_t c) { return load<kWidth>(a.r + row * N + c); });
+    const Row<T, kWidth, kWide> dys(dy_row, keeps.caches ? dy_cache : nullptr, N);
+    const Row<R, kWidth, kWide> rows(a.r + row * N, keeps.caches ? r_cache : nullptr, N);
     // body(c, dy, xhat, wdy), the last three of kWidth values
     const auto sweep = [&](const auto& body) {
       for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
