@@ -103,18 +103,19 @@ def assert_few_bytes(op, dtype):
         for call in cuda_traffic.calls(case, dtype):
             limit = 1.15 if call.name.endswith("_bwd") else 1.05
             limit = KNOWN_TRAFFIC.get((call.name, "x".join(map(str, case.shape))), limit)
+            if call.name == "cross_entropy_fused" and case.shape[-1] * dtype.itemsize > 162 * 1024:
+                limit = 1.5  # such a row is read again, as shared memory does not hold it
             ratio = cuda_traffic.count(call).ratio
             assert 0.99 < ratio <= limit, (str(case), call.name, ratio)
 
 
 NORMS = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
 # The call and the shape of what moves more, and how much; benchmarks/cuda_traffic.py prints it.
-# Clipping reads the gradients before anything can be updated. Rows of 17003 columns are not
-# aligned, and backward has no room in shared memory for them and their sums: it reads them again.
+# Clipping reads the gradients before anything can be updated. Backward of a norm reads twice where
+# shared memory does not hold its row and the sums of its columns.
 KNOWN_TRAFFIC: dict[tuple[str, str], float] = {
     ("adamw_fwd", "768x3072"): 1.11,
-    **{(f"{op}_fwd", "128x17003"): 1.12 for op in NORMS},
-    **{(f"{op}_bwd", "128x17003"): 3.0 for op in NORMS},
+    **{(f"{op}_bwd", shape): 1.8 for op in NORMS for shape in ("128x17003", "64x32768")},
 }
 
 
