@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import gptfast
 from benchmarks import patched
 from benchmarks.plain_models import PLAIN, Sizes
 
@@ -70,6 +71,27 @@ def test_both_contenders_lie_in_the_same_memory(small):
     assert copied is not model
     assert copied.h[0] is not model.h[0]
     assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_compiled_code_of_a_patched_model_is_what_it_was(kind, monkeypatch):
+    monkeypatch.setattr(patched, "SIZES", Sizes(vocab_size=67, n_layer=1, n_embd=32, block_size=48))
+    family = patched.plain_family(PLAIN[kind])
+    model = family.make()
+    ours = patched.sharing(model)
+    assert gptfast.patch(ours).replaced
+    operations = []
+
+    def look(graph, inputs):
+        computed = (n for n in graph.graph.nodes if n.op.startswith("call"))
+        operations.append([str(n.target) for n in computed])
+        return graph.forward
+
+    for m in (model, ours):
+        torch._dynamo.reset()
+        family.loss(torch.compile(m, backend=look, fullgraph=True), family.batch())
+    assert len(operations) == 2
+    assert operations[0] == operations[1]
 
 
 def test_modules():
