@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
+import pkgutil
 import random
 
 import numpy as np
@@ -16,13 +19,17 @@ if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
 from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
 
 from benchmarks.static_report import compiled, report, traffic
 from benchmarks.static_report.launches import source_of
 from benchmarks.static_report.table import Row, Table, occupancy, worse
 from benchmarks.static_report.worker import run_jobs
+from gptfast import kernels
+from gptfast.backend import dtype_name
 from gptfast.kernels import gelu
 from gptfast.targets import TARGETS
+from gptfast.testing import DTYPES
 
 TABLE = Table.read()
 ROWS = list(TABLE.rows.values())
@@ -30,7 +37,7 @@ SAMPLE = 4  # entries compiled again although nothing about them has changed
 STALE = 12  # entries compiled again, of those whose kernel or configuration has changed
 MEMORY_BOUND = {
     *("bias_gelu", "cross_entropy", "gelu", "glu", "layer_norm", "rms_norm", "rope"),
-    *("add_layer_norm", "add_rms_norm", "dropout_add"),
+    *("add_layer_norm", "add_rms_norm", "dropout_add", "linear_decode"),
 }
 MATRIX_OPS = ("attention", "attention_varlen", "linear_cross_entropy")
 
@@ -130,15 +137,56 @@ def test_shared_memory_fits():
     assert not [r for r in ROWS if not r.occupancy]
 
 
+def launched() -> dict[str, JITFunction]:
+    """The Triton functions of `kernels/` that no other one calls: its kernels, by name."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    functions = {
+        f"{module.__name__}:{name}": value  # as `source_of` names them
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and value.module == module.__name__
+    }
+    called = {
+        line.split(" = ")[0]
+        for name, function in functions.items()
+        for line in source_of(function)
+        if not line.startswith(f"{name} = ")
+    }
+    return {f.fn.__name__: f for name, f in functions.items() if name not in called}
+
+
+def kernel_of(row: Row) -> str:
+    return row.kernel.split("#")[0]
+
+
+@have_table
+def test_every_kernel_has_rows_for_every_dtype_and_target():
+    present = {(kernel_of(r), r.dtype, r.target) for r in ROWS}
+    dtypes = [dtype_name(dtype) for dtype in DTYPES]
+    missing = {
+        name
+        for name in launched()
+        if any((name, *key) not in present for key in itertools.product(dtypes, report.REPORTED))
+    }
+    assert not missing, f"name cases for these in `reports`: {sorted(missing)}"
+
+
 @have_table
 def test_products_run_on_matrix_units():
-    half = [r for r in ROWS if r.dtype != "float32"]
-    wrong = [r for r in half if r.op in MATRIX_OPS and r.matrix_share < 1]
-    assert not wrong, describe(wrong)
+    multiplies = {n for n, kernel in launched().items() if "tl.dot(" in "".join(source_of(kernel))}
+    half = [r for r in ROWS if r.dtype != "float32" and kernel_of(r) in multiplies]
     # Tiles of decoding have 16 rows, where wgmma and tcgen05 begin at 64.
-    others = [r for r in half if r.op == "attention_decode"]
-    assert others
-    assert not [r for r in others if "fma" in r.matrix_instr], describe(others)
+    few = [r for r in half if r.op == "attention_decode"]
+    many = [r for r in half if r not in few]
+    assert {r.op for r in many} == set(MATRIX_OPS)
+    wrong = [r for r in many if r.matrix_share < 1]
+    assert not wrong, describe(wrong)
+    assert few
+    wrong = [r for r in few if not r.matrix_instr or "fma" in r.matrix_instr]
+    assert not wrong, describe(wrong)
 
 
 @have_table
@@ -223,7 +271,9 @@ ROW = Row(
         ({"occupancy": 0.5}, "occupancy 1.0 -> 0.5"),
         ({"matrix_instr": {"wgmma": 1, "fma": 1}}, "matrix_instr"),
         ({"matrix_instr": {"mma.sync": 2}}, "matrix_instr"),
+        ({"matrix_instr": {}}, "matrix_instr"),
         ({"load_bits": 64}, "load_bits 128 -> 64"),
+        ({"store_bits": 64}, "store_bits 128 -> 64"),
         ({"bytes_ratio": 1.02}, "bytes_ratio 1.0 -> 1.02"),
         ({"smem": 300_000}, "does not fit"),
     ],

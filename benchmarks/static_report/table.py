@@ -75,9 +75,9 @@ class Row:
 
     @property
     def matrix_share(self) -> float:
-        """Share of the products that run on the target's own matrix instruction."""
+        """Share of the products that run on the target's own matrix instruction; 0 of none."""
         total = sum(self.matrix_instr.values())
-        return self.matrix_instr.get(NATIVE[self.target], 0) / total if total else 1.0
+        return self.matrix_instr.get(NATIVE[self.target], 0) / total if total else 0.0
 
 
 def occupancy(target: Target, regs: int, smem: int, tmem: int, warps: int) -> float:
@@ -101,7 +101,10 @@ def occupancy(target: Target, regs: int, smem: int, tmem: int, warps: int) -> fl
 
 
 def worse(before: Row, after: Row) -> list[str]:
-    """In which ways a new entry is worse than the committed one."""
+    """In which ways a new entry is worse than the committed one.
+
+    Registers are no concern of their own: what more of them cost is occupancy, and spills.
+    """
     found = []
 
     def check(name: str, is_worse: bool) -> None:
@@ -112,6 +115,7 @@ def worse(before: Row, after: Row) -> list[str]:
     check("occupancy", after.occupancy < before.occupancy)
     check("matrix_instr", after.matrix_share < before.matrix_share)
     check("load_bits", after.load_bits < before.load_bits)
+    check("store_bits", after.store_bits < before.store_bits)
     check("bytes_ratio", after.bytes_ratio > before.bytes_ratio + SLACK)
     smem, room = after.smem, TARGETS[after.target].shared_memory
     if smem > room:

@@ -140,4 +140,15 @@ ROW = OpRow(
     gradchecks=(),
     tail=lambda n: _case((n % 17 + 1, n, 66 - n), weight=FORMATS[n % len(FORMATS)]),
     many=_case((21, 700, 530), weight="int4"),
+    # GPT-2's first layer of the MLP, for one row and for a batch of eight; in x's dtype, fp32, bf16
+    # and fp16 in turn, and quantised; and a row four times as long.
+    reports=(
+        *(
+            _case((M, 768, 3072), weight=weight, activation="gelu_tanh")
+            for M in (1, 8)
+            for weight in (None, "int8", "int4")
+        ),
+        _case((1, 768, 3072), weight="int4_zero", bias=False),
+        _case((1, 3072, 768), weight="int8"),
+    ),
 )
