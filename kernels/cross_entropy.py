@@ -204,10 +204,11 @@ def cross_entropy_fwd_kernel(
             x, mask, w_ptr, cols, top, total, w_sum, wz_sum, softcap,
             HAS_W, SMOOTH, HAS_SOFTCAP, True,
         )  # fmt: skip
-    lse = top + tl.log(tl.sum(total, 0))
-    # A target outside [0, V) makes the loss NaN: a look from the host would wait for the card.
+    # A target outside [0, V) makes lse NaN, and so the loss and the gradient: a look from the host
+    # would wait for the card.
     known = (t >= 0) & (t < V)
-    x_t = tl.load(x_ptr + t, mask=known, other=float("nan")).to(tl.float32)
+    lse = tl.where(known, top + tl.log(tl.sum(total, 0)), float("nan"))
+    x_t = tl.load(x_ptr + t, mask=known, other=0.0).to(tl.float32)
     z_t, _ = softcapped(x_t, softcap, HAS_SOFTCAP)
     w_t = tl.load(w_ptr + t, mask=known, other=0.0).to(tl.float32) if HAS_W else 1.0
     weights = tl.sum(w_sum, 0) if HAS_W else V

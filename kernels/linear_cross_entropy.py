@@ -236,11 +236,11 @@ def linear_cross_entropy_combine_kernel(
         z_t += tl.load(partial_ptr + 2 * M + offs_m, mask=mask, other=0.0)
         wz_sum += tl.load(partial_ptr + 3 * M + offs_m, mask=mask, other=0.0)
         partial_ptr += tl.cast(M, tl.int64) * 4  # M is a constant where it is 1
-    lse = top + tl.log(total)
     t = tl.load(target_ptr + offs_m, mask=mask, other=0)
-    # A target outside [0, V) makes the loss NaN: a look from the host would wait for the card.
+    # A target outside [0, V) makes lse NaN, and so the loss and the gradients: a look from the host
+    # would wait for the card.
     known = (t >= 0) & (t < V)
-    z_t = tl.where(known, z_t, float("nan"))
+    lse = tl.where(known, top + tl.log(total), float("nan"))
     w_t = tl.load(class_weight_ptr + t, mask=known, other=0.0).to(tl.float32) if HAS_W else 1.0
     w_sum = tl.load(w_sum_ptr) if HAS_W and SMOOTH else V
     loss = row_loss(lse, z_t, w_t, w_sum, wz_sum, V, label_smoothing, z_loss, HAS_W, SMOOTH)

@@ -54,8 +54,10 @@ ONE_LEVEL = ("attention_decode_append", "kv_cache_append")
 
 
 def implemented(op: str) -> list[Place]:
-    """The places where an op has an implementation."""
+    """The places where an op has an implementation; under the interpreter what is there for it."""
     places = [p for p in PLACES if p.backend in backend.OPS[op].implementations]
+    if INTERPRET:
+        return [p for p in places if p.backend == "triton"]
     if op in ONE_LEVEL:
         places = [p for p in places if p.isa not in ISAS[:-1]]
     return places

@@ -475,3 +475,50 @@ def test_no_columns_but_a_bias(place):
     expected = 3 * b.detach().softmax(0)
     expected[1:4] -= 1
     torch.testing.assert_close(b.grad, expected)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Nobody looks at the targets: on a GPU that would wait."""
+    check = sys.modules["gptfast.ops.cross_entropy"].check_targets
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("check_targets") is check:
+            monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    monkeypatch.setattr(LINEAR, "_in_chunks", lambda: False)
+
+
+UNCHECKED = [p for p in implemented("cross_entropy") if p.backend != "cpu"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("place", UNCHECKED, ids=str)
+def test_targets_out_of_range_make_nan(place, reduction, weighted, smoothing, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    x, target = torch.randn(5, 7), torch.tensor([3, 7, -1, 2**40, -100])
+    weight = torch.rand(7) if weighted else None
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    x, target, weight = (t if t is None else t.to(place.device) for t in (x, target, weight))
+    bad = [False, True, True, True, False]
+
+    def losses(call, *leaves):
+        with gptfast.use_backend(place.backend):
+            loss = call(*leaves)
+            return loss, torch.autograd.grad(loss.sum(), leaves)
+
+    loss, (dx,) = losses(
+        lambda x: gptfast.cross_entropy(x, target, weight, **options), x.requires_grad_()
+    )
+    assert loss.isnan().tolist() == (bad if reduction == "none" else True)
+    assert dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == bad
+    assert not dx[-1].any()
+    if place.backend == "cuda":
+        return
+    w = torch.randn(7, 7, device=place.device, requires_grad=True)
+    loss, (dx, dw) = losses(
+        lambda x, w: gptfast.linear_cross_entropy(x, w, target, weight=weight, **options), x, w
+    )
+    assert loss.isnan().tolist() == (bad if reduction == "none" else True)
+    assert dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == bad
+    assert not dx[-1].any()
+    assert dw.isnan().all()

@@ -116,6 +116,15 @@ EVERYWHERE = [
 ]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_targets_out_of_range_make_nan(smoothing, weighted, monkeypatch):
+    with on_the_cpu():
+        test_cross_entropy.test_targets_out_of_range_make_nan(
+            Place("cuda"), "mean", weighted, smoothing, monkeypatch
+        )
+
+
 @pytest.mark.parametrize(("test", "options"), EVERYWHERE, ids=lambda x: getattr(x, "__name__", ""))
 def test_what_holds_everywhere(test, options):
     with on_the_cpu():

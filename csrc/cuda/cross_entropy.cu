@@ -48,9 +48,10 @@ struct Rule {
   Softcap softcap;
 
   __device__ __forceinline__ float weight(int64_t c) const { return w.data ? w.at(c) : 1.0f; }
-  // Of the target t, which may be none of the V classes.
+  // Of the target t. What is none of the V classes makes loss and gradient NaN: a look from the host
+  // would wait for the card.
   __device__ __forceinline__ float hit(int64_t t, int64_t V) const {
-    return (1 - smoothing) * (t >= 0 && t < V ? weight(t) : 1.0f);
+    return t >= 0 && t < V ? (1 - smoothing) * weight(t) : NAN;
   }
 };
 
@@ -94,8 +95,7 @@ struct RowSums {
   // Of a finished row with its target's logit x_t.
   __device__ __forceinline__ float loss(float lse, float x_t, int64_t t, int64_t V,
                                         const Rule& rule) const {
-    const bool known = t >= 0 && t < V;
-    float value = known ? rule.hit(t, V) * (lse - rule.softcap.value(x_t)) : NAN;
+    float value = rule.hit(t, V) * (lse - rule.softcap.value(x_t));
     if (rule.smoothing != 0.0f) value += rule.smoothing / V * (weighted[0] * lse - weighted[1]);
     if (rule.z_loss != 0.0f) value += rule.z_loss * lse * lse;
     return value;

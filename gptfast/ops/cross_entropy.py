@@ -4,7 +4,8 @@ z = x, or k tanh(x / k) with a softcap k;   lse = log sum_c exp(z_c)
 loss = (1 - s) w_t (lse - z_t) + (s / V) sum_c w_c (lse - z_c) + zeta lse^2
 
 with class weights w (1 where none are given), label smoothing s and z-loss zeta; 0 where t is
-`ignore_index`. Backward, for an incoming gradient g per row and
+`ignore_index`. A class that does not exist, which only a wait could refuse on a GPU, makes the loss
+and the row of dx NaN. Backward, for an incoming gradient g per row and
 a = (1 - s) w_t + (s / V) sum_c w_c + 2 zeta lse:
 
 dz_c = g (a exp(z_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c),   dx_c = dz_c / cosh(x_c / k)^2
@@ -55,13 +56,15 @@ def reference_fwd(
     V = x.shape[-1]
     z = _softcapped(x.to(statistics_dtype(x.dtype)), softcap)
     ignored = target == ignore_index
-    if x.device.type == "cpu":  # elsewhere the look would wait for the device; gather asserts there
+    if x.device.type == "cpu":
         check_targets("cross_entropy", target, V, ignore_index)
-    t = target.masked_fill(ignored, 0)
+    known = _known(target, V)
+    t = target.masked_fill(~known, 0)
     lse = z.new_zeros(x.shape[0])
     if V:  # not torch.logsumexp: an infinite logit is to make the loss NaN, as in PyTorch's own
         top = z.amax(-1)
         lse = top + (z - top[:, None]).exp().sum(-1).log()
+    lse = lse.masked_fill(~known, math.nan)
     w = z.new_ones(V) if weight is None else weight.to(z.dtype)
     hit = (lse - z.gather(1, t[:, None])[:, 0]) * w[t] if V else lse
     loss = (1 - label_smoothing) * hit
@@ -89,7 +92,7 @@ def reference_bwd(
     xf = x.to(statistics_dtype(x.dtype))
     z = _softcapped(xf, softcap)
     ignored = target == ignore_index
-    t = target.masked_fill(ignored, 0)
+    t = target.masked_fill(~_known(target, V), 0)
     w = z.new_ones(V) if weight is None else weight.to(z.dtype)
     hit = (1 - label_smoothing) * (w[t] if V else z.new_zeros(M))
     a = hit + label_smoothing / max(V, 1) * w.sum() + 2 * z_loss * lse
@@ -258,9 +261,13 @@ def cuda_fused(
     return loss, dx
 
 
+def _known(target: torch.Tensor, V: int) -> torch.Tensor:
+    return (target >= 0) & (target < V)
+
+
 def check_targets(op: str, target: torch.Tensor, V: int, ignore_index: int) -> None:
     """Raise IndexError naming the first target outside [0, V) that is not ignored (it waits)."""
-    bad = ((target < 0) | (target >= V)) & (target != ignore_index)
+    bad = ~_known(target, V) & (target != ignore_index)
     if bad.any():
         _raise_bad_target(op, target, int(bad.nonzero()[0]), V, ignore_index)
 
@@ -425,8 +432,8 @@ def cross_entropy(
         TypeError: logits not floating point, or target not int64.
         ValueError: shapes that do not fit, unknown reduction, label_smoothing outside [0, 1],
             z_loss negative, softcap not positive.
-        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss is
-            NaN (torch backend: a device-side assertion).
+        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss and
+            its row of the gradient are NaN.
         RuntimeError: tensors on different devices; inplace_backward for logits that require grad
             and do not fill contiguous memory of their own, or that are a leaf or a view of one.
 
@@ -607,4 +614,5 @@ def counted(target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
     if weight is None:
         return counts.sum()
     weight = weight.to(statistics_dtype(weight.dtype))
+    counts = counts & _known(rows, len(weight))  # the loss of any other row is NaN, and the mean
     return (weight[rows.masked_fill(~counts, 0)] * counts).sum()

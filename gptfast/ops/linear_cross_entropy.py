@@ -449,8 +449,9 @@ def linear_cross_entropy(
     Raises:
         TypeError: not floating point, dtypes differ, or target not int64.
         ValueError: shapes that do not fit, or an option out of its range, as in `cross_entropy`.
-        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss is
-            NaN (torch backend: a device-side assertion).
+        IndexError: a target outside [0, V), on a CPU; the first one is named. On a GPU its loss and
+            its row of x's gradient are NaN, and so are the gradients of linear_weight and
+            linear_bias, to which it contributes.
         RuntimeError: tensors on different devices.
 
     Limits:
