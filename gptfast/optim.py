@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gptfast.ops.adamw import Settings, adamw_fwd
+from gptfast.ops.adamw import Settings, adamw_fwd, is_capturing
 from gptfast.ops.library import statistics_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,14 +47,16 @@ class AdamW(torch.optim.Optimizer):
     Raises:
         TypeError: a parameter is not floating point, or lr is a tensor of another dtype.
         ValueError: a setting out of range, or parameters on several devices.
-        RuntimeError: from `step`, for sparse gradients; or a backend is forced and refuses.
+        RuntimeError: from `step`, for sparse gradients; or a backend is forced and refuses; or a
+            CUDA graph captures a parameter's first step.
 
     Limits:
         Gradients are left as they were, clipped or unscaled only on the way. The two moments are
         fp32 for half-precision parameters too. State dicts go to and from `torch.optim.AdamW`,
         which however keeps moments in the parameter's dtype and knows no master copies. Parameters
         with gaps in memory (a slice of a wider tensor) go through the reference; so do all others
-        of that optimizer. DTensors are not supported.
+        of that optimizer. DTensors are not supported. A CUDA graph of a step repeats the settings
+        that were captured, but for an lr on the device, which is read at every replay.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
@@ -201,6 +203,11 @@ class AdamW(torch.optim.Optimizer):
             raise RuntimeError(f"AdamW: gradients must be dense, got {p.grad.layout}")
 
     def _new_state(self, p: torch.Tensor) -> dict[str, Any]:
+        if is_capturing(p.device):  # zeros would become part of the graph, and every replay's start
+            raise RuntimeError(
+                "AdamW: every parameter must have had a step before one is captured in a CUDA "
+                f"graph, got one of {tuple(p.shape)} that had none"
+            )
         dtype = statistics_dtype(p.dtype)
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -182,6 +182,12 @@ def test_chunks_of_several_blocks(place, monkeypatch):
     judge_step(params, place, 0.5, masters=True)
 
 
+def test_the_tables_of_a_cuda_graph(place, monkeypatch):
+    monkeypatch.setattr(op, "is_capturing", lambda device: True)
+    in_small_blocks(place, monkeypatch)
+    judge_step(random_parameters(SIZES, DTYPES, place.device), place, 0.5, masters=True)
+
+
 def test_thousands_of_tiny_tensors(place, monkeypatch):
     in_small_blocks(place, monkeypatch)
     count = 100 if place.backend == "triton" and place.device == "cpu" else 5000

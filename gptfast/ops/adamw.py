@@ -153,8 +153,9 @@ def make_tables(
 ) -> Tables:
     """The tables of a step, from the cache where nothing moved since one of the last steps.
 
-    A table that is made anew is copied to the device with no sync. `grads` must lie in memory as
-    `params` do, and live until the kernels are launched.
+    A table that is made anew is copied to the device with no sync. A CUDA graph, which may run
+    long after this, gets tables of its own and makes them at every replay (`_by_value`). `grads`
+    must lie in memory as `params` do, and live until the kernels are launched.
     """
     rows: list[int] = []
     codes = backend.DTYPE_CODES
@@ -174,39 +175,41 @@ def make_tables(
             codes[g.dtype],
         )
     device = params[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    sizes = tuple(p.numel() for p in params)
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    if is_capturing(device):
+        tables = (
+            _by_value(_tensor_rows(rows), device),
+            _chunks_by_value(sizes, chunk, device),
+            _by_value(_hyper_rows(hyper), device),
+        )
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        tables = (
+            _tensor_table(tuple(rows), device, stream),
+            _chunk_table(sizes, chunk, device, stream),
+            _hyper_table(tuple(hyper), device, stream),
+        )
     p_dtypes, g_dtypes = {p.dtype for p in params}, {g.dtype for g in grads}
     return Tables(
-        _tensor_table(tuple(rows), device, stream),
-        _chunk_table(tuple(p.numel() for p in params), chunk, device, stream),
-        _hyper_table(tuple(hyper), device, stream),
+        *tables,
         p_dtypes.pop() if len(p_dtypes) == 1 else None,
         g_dtypes.pop() if len(g_dtypes) == 1 else None,
     )
 
 
-# The stream is part of the keys: on another one the copy might not have arrived.
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@lru_cache(maxsize=8)
-def _tensor_table(rows: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+def _tensor_rows(rows: Sequence[int]) -> npt.NDArray[np.int64]:
     given = np.array(rows, np.int64).reshape(-1, len(COLUMNS) - 1)
     aligned = (given[:, : COLUMNS.index("step")] % VECTOR_BYTES == 0).all(1, keepdims=True)
-    return _to_device(np.concatenate((given, aligned), 1), device)
+    return np.concatenate((given, aligned), 1)
 
 
-@lru_cache(maxsize=8)
-def _chunk_table(
-    sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
-) -> torch.Tensor:
-    counts = -(-np.array(sizes, np.int64) // chunk)
-    tensor = np.repeat(np.arange(len(sizes)), counts)
-    first = np.cumsum(counts) - counts
-    return _to_device(np.stack((tensor, np.arange(len(tensor)) - first[tensor]), 1), device)
-
-
-@lru_cache(maxsize=8)
-def _hyper_table(hyper: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+def _hyper_rows(hyper: Sequence[float]) -> npt.NDArray[np.float64]:
     def log(beta: float) -> float:
         return math.log(beta) if beta > 0 else -math.inf
 
@@ -215,7 +218,34 @@ def _hyper_table(hyper: tuple[float, ...], device: torch.device, stream: int) ->
         for s in settings_of(hyper)
         for sign in (-1.0 if s.maximize else 1.0,)
     ]
-    return _to_device(np.array(rows, np.float64), device)
+    return np.array(rows, np.float64)
+
+
+def _chunk_counts(sizes: Sequence[int], chunk: int) -> npt.NDArray[np.int64]:
+    return -(-np.array(sizes, np.int64) // chunk)
+
+
+# The stream is part of the keys: on another one the copy might not have arrived.
+
+
+@lru_cache(maxsize=8)
+def _tensor_table(rows: tuple[int, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _to_device(_tensor_rows(rows), device)
+
+
+@lru_cache(maxsize=8)
+def _chunk_table(
+    sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int
+) -> torch.Tensor:
+    counts = _chunk_counts(sizes, chunk)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    return _to_device(np.stack((tensor, np.arange(len(tensor)) - first[tensor]), 1), device)
+
+
+@lru_cache(maxsize=8)
+def _hyper_table(hyper: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _to_device(_hyper_rows(hyper), device)
 
 
 def _to_device(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -223,6 +253,27 @@ def _to_device(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return on_host
     return on_host.pin_memory().to(device, non_blocking=True)
+
+
+def _by_value(table: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The table, from numbers that are arguments of kernels.
+
+    So a CUDA graph holds them itself: a copy would be made again at every replay, from host memory
+    that nobody knows when to give back. 96 numbers a launch.
+    """
+    dtype = torch.from_numpy(table[:0]).dtype
+    out = torch.zeros(table.size, dtype=dtype, device=device)
+    torch._foreach_add_(list(out.unbind()), table.ravel().tolist())
+    return out.view(table.shape)
+
+
+def _chunks_by_value(sizes: Sequence[int], chunk: int, device: torch.device) -> torch.Tensor:
+    """`_chunk_table`, which may be long, made on the device from the tensors' numbers of chunks."""
+    on_host = _chunk_counts(sizes, chunk)
+    counts = _by_value(on_host, device)
+    tensor = torch.repeat_interleave(counts, output_size=int(on_host.sum()))
+    first = counts.cumsum(0) - counts
+    return torch.stack((tensor, torch.arange(len(tensor), device=device) - first[tensor]), 1)
 
 
 def laid_out_alike(params: Tensors, grads: Tensors) -> Tensors:
