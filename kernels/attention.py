@@ -933,7 +933,7 @@ def _bwd(
         dk = empty_output(k) if needs[1] else empty
         dv = empty_output(v) if needs[2] else empty
     common = (lse, q, k, v, sequences, options)
-    if q.numel():
+    if q.numel() and (needs[0] or needs[1]):  # dv alone takes no delta
         _launch(
             attention_bwd_dq_kernel,
             "dq",
@@ -942,7 +942,7 @@ def _bwd(
             *common,
             {"HAS_DLSE": dlse is not None, "NEEDS_DQ": needs[0]},
         )
-    else:  # perhaps not even a head
+    if not q.numel():  # perhaps not even a head
         dk.zero_()
         dv.zero_()
     wanted = {"dkdv": needs[1:], "dk": [needs[1], False], "dv": [False, needs[2]]}

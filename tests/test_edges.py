@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from places import at_level, implemented
 from torch.autograd import forward_ad
 
 import gptfast
-from gptfast import nn
+from gptfast import backend, nn
+from gptfast.testing import Case, make_problem, run_case
 
 
 def test_a_default_device_does_not_reach_the_kernels():
@@ -82,6 +84,39 @@ def test_backends_agree_on_how_many_scores_to_keep(p):
         with gptfast.use_backend(name):
             outputs.append(gptfast.attention(q, q, q, dropout_p=p, seed=seed))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+KEEP_ONE = 0.99999  # of 65536: the factor is 2^16, more than float16 can hold
+SCALED = [  # so small that what is kept is in range; as many elements as keep one or two
+    Case("dropout_add", (32, 4096), "tiny", options={"p": KEEP_ONE}),
+    Case("add_layer_norm", (32, 4096), "tiny", options={"p": KEEP_ONE, "x_bias": None}),
+    Case("add_rms_norm", (32, 4096), "tiny", options={"p": KEEP_ONE, "x_bias": None}),
+]
+SCORES = Case("attention", (1, 2, 2, 256, 256, 16), options={"dropout_p": KEEP_ONE})
+
+
+@pytest.mark.parametrize(
+    ("place", "case"),
+    [(place, case) for case in SCALED for place in implemented(case.op)],
+    ids=str,
+)
+def test_dropout_that_keeps_one_element(place, case):
+    with at_level(place.isa):
+        run_case(case, place.backend, torch.float16, place.device)
+
+
+@pytest.mark.parametrize("place", implemented("attention"), ids=str)
+def test_dropout_that_keeps_one_score(place):
+    if place.backend == "cuda":
+        pytest.skip("it has no dropout")
+    with at_level(place.isa):
+        run_case(SCORES, place.backend, torch.bfloat16, place.device)
+        if place.backend != "triton":
+            run_case(SCORES, place.backend, torch.float16, place.device)
+            return
+        problem = make_problem(SCORES, torch.float16, place.device)
+        with pytest.raises(backend.RefusedError, match="float16 has no factor for a dropout_p"):
+            problem.run("triton")
 
 
 def test_the_reference_is_contiguous_too():

@@ -300,6 +300,10 @@ def why_not_triton(
     widest = max(q.shape[-1], v.shape[-1])
     if widest > MAX_HEAD_DIM:
         return f"its head dim must be at most {MAX_HEAD_DIM}, got {widest}"
+    p = 0.0 if options is None else options.dropout_p
+    if q.dtype == torch.float16 and dropout_threshold(p) == 1:
+        # Probabilities are multiplied by 2^16 in v's dtype, which ends below that.
+        return f"float16 has no factor for a dropout_p of {p}"
     return None
 
 
@@ -391,7 +395,8 @@ def _bwd(
     dlse: torch.Tensor | None,
     *rest: Any,
 ) -> Tensors3:
-    return OP.choose_bwd(q, k, v).bwd(do, q, k, v, o, lse, dlse, *rest, None)
+    implementation = OP.choose_bwd(q, k, v, Options(*rest[:-1]))
+    return implementation.bwd(do, q, k, v, o, lse, dlse, *rest, None)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:

@@ -89,7 +89,7 @@ def _bwd(
     n_kv_head: int,
     *options: Any,
 ) -> torch.Tensor:
-    implementation = OP.choose_bwd(qkv, n_head, n_kv_head)
+    implementation = OP.choose_bwd(qkv, n_head, n_kv_head, Options(*options))
     return implementation.bwd(dy, qkv, y, lse, n_head, n_kv_head, *options)
 
 

@@ -221,7 +221,8 @@ def _check_values(name: str, cu_seqlens: torch.Tensor, tokens: int, longest: int
 def _bwd(
     do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> Tensors3:
-    return OP.choose_bwd(q, k, v).bwd(do, q, k, v, *rest)
+    options = Options(*rest[-1 - len(Options._fields) : -1])
+    return OP.choose_bwd(q, k, v, options).bwd(do, q, k, v, *rest)
 
 
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Tensors2:
