@@ -30,6 +30,10 @@ Pick = TypeVar("Pick", bound=Callable[..., Any])
 # Target -> function -> arguments -> fields of its config that differ from the heuristic's.
 Table = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 
+# Calls of a `pick_config` that are remembered: far more than the shapes of a model in training, and
+# where every batch is longer or shorter than the last, a bound.
+CALLS = 1024
+
 _caches: list[Any] = []
 _forced: dict[tuple[str, str, str], Any] = {}
 _observers: list[Callable[[str, str, str, Any], None]] = []
@@ -44,7 +48,7 @@ def tunable(pick: Pick) -> Pick:
     name = f"{pick.__module__.rsplit('.', 1)[-1]}.{pick.__name__}"
     signature = inspect.signature(pick)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=CALLS)
     def picked(*args: Any, **kwargs: Any) -> Any:
         target, key = describe(signature.bind(*args, **kwargs).arguments)
         forced = _forced.get((target, name, key))

@@ -50,6 +50,13 @@ def test_the_heuristic_decides_where_nothing_was_measured(tuned):
     assert pick_config(64, 2, target=H100) == Config(64, 4)
 
 
+def test_what_is_remembered_is_bounded():
+    for N in range(tuning.CALLS + 10):
+        pick_config(N, 3, H100)
+    for cache in tuning._caches:
+        assert cache.cache_info().currsize <= tuning.CALLS
+
+
 def test_what_was_measured_overrides_it_for_this_card_and_call_alone(tuned):
     tuned({"sm_90": {NAME: {"N=64 itemsize=2": {"num_warps": 8}}}})
     assert pick_config(64, 2, H100) == Config(64, 8)
