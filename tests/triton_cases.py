@@ -13,8 +13,16 @@ import torch
 from places import first_result
 from test_attention import test_no_query_heads  # noqa: F401 - the interpreter is another place
 from test_attention_decode import test_a_window_wider_than_every_cache  # noqa: F401
-from test_cross_entropy import test_no_columns_but_a_bias  # noqa: F401
+from test_cross_entropy import (  # noqa: F401
+    test_no_columns_but_a_bias,
+    test_targets_out_of_range_make_nan,
+)
+from test_edges import (  # noqa: F401
+    test_dropout_that_keeps_one_element,
+    test_dropout_that_keeps_one_score,
+)
 from test_linear_decode import test_no_columns_and_more_dimensions  # noqa: F401
+from triton.runtime import interpreter
 
 import gptfast
 from benchmarks.static_report.traffic import Counting
@@ -163,11 +171,12 @@ def test_a_gradient_of_keys_or_values_alone(wanted, target):
             gptfast.attention(**leaves).sum().backward()
         assert (leaves["q"].grad is None) == ("q" not in names)
         launched = [name for name, _ in counting.launches]
-        return leaves[wanted].grad, launched.count("attention_bwd_dkdv_kernel")
+        kernels = ("attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel")
+        return leaves[wanted].grad, [launched.count(name) for name in kernels]
 
     (alone, launches), (together, _) = gradient(wanted), gradient("q", "k", "v")
     assert torch.equal(alone, together)
-    assert launches == 1
+    assert launches == [wanted == "k", 1]  # dk wants the delta of the dq kernel
 
 
 @pytest.mark.parametrize("parts", [2, 5, 40])
@@ -191,3 +200,77 @@ def test_decoding_reads_keys_and_values_once_for_all_query_heads(page_size):
     table = 0 if page_size is None else B * H_kv * S * 4
     others = B * H * T * (D * 2 + Dv * 2 + 4) + B * H_kv * 4  # q, o, lse, lengths
     assert counter.issued == caches + table + others
+
+
+# ---- Offsets beyond 32 bits ----------------------------------------------------------------------
+
+FAR = 2**30  # elements: a stride that 32 bits hold, and twice that they do not
+
+
+@pytest.fixture
+def far_apart(monkeypatch):
+    """Makes three blocks at this distance in 4 GB of addresses, of which a few pages are used."""
+    # It would copy all that memory onto itself: on a CPU the interpreter works on what it is given.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+
+    def blocks(*shape):
+        memory = torch.empty(2 * FAR + torch.Size(shape).numel(), dtype=torch.float16)
+        x = torch.randn(3, *shape)
+        return memory.as_strided(x.shape, (FAR, *x.stride()[1:])).copy_(x)
+
+    return blocks
+
+
+def agree(results, expected):
+    """A wrong address is seen however loose the bound: elements are independent, of order one."""
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+def test_heads_of_rope_far_apart(far_apart):
+    q, k, dy = (far_apart(2, 8)[None] for _ in range(3))
+    cos, sin = gptfast.rope_cache(2, 8)
+
+    def run(name, *tensors):
+        q, k, dy = tensors
+        leaves = q.requires_grad_(), k.requires_grad_()
+        with gptfast.use_backend(name):
+            turned = gptfast.rope(*leaves, cos, sin)
+            return *turned, *torch.autograd.grad(turned, leaves, (dy, dy))
+
+    agree(run("triton", q, k, dy), run("torch", *(x.clone() for x in (q, k, dy))))
+
+
+def test_packed_projections_far_apart(far_apart):
+    qkv, dy = far_apart(4, 64), far_apart(4, 32)
+
+    def run(name, qkv, dy):
+        qkv.requires_grad_()
+        with gptfast.use_backend(name):
+            y = gptfast.attention_qkv(qkv, 2, 1, causal=True)
+            return y, *torch.autograd.grad(y, qkv, dy)
+
+    agree(run("triton", qkv, dy), run("torch", qkv.detach().contiguous(), dy.contiguous()))
+
+
+@pytest.mark.parametrize("table", [None, [[2], [0], [1]]])
+def test_caches_far_apart(table, far_apart):
+    q, k, v = (torch.randn(3, heads, 1, 16).half() for heads in (4, 2, 2))
+    lengths = torch.tensor([4, 2, 3], dtype=torch.int32)
+    table = None if table is None else torch.tensor(table, dtype=torch.int32)
+
+    def run(name, *caches):
+        with gptfast.use_backend(name):
+            o = gptfast.attention_decode_append(q, k, v, *caches, lengths, block_table=table)
+        return o, *caches
+
+    caches = far_apart(4, 2, 16), far_apart(4, 2, 16)
+    copies = [cache.contiguous() for cache in caches]
+    agree(run("triton", *caches), run("torch", *copies))
+
+
+def test_rows_of_linear_decode_far_apart(far_apart):
+    x, w = far_apart(40), torch.randn(18, 40).half()
+    with gptfast.use_backend("triton"):
+        y = gptfast.linear_decode(x, w)
+    agree([y], [torch.nn.functional.linear(x.contiguous(), w)])
