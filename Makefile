@@ -36,7 +36,7 @@ demo: venv ## train a small GPT on Shakespeare, let it write, and time it agains
 	$(BIN)/python benchmarks/run.py --quick
 
 test: venv ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-slow: venv ## all tests
 	$(BIN)/python -m pytest

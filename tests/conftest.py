@@ -25,8 +25,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("place", PLACES, ids=str, indirect=True)
 
 
+# Files that take a minute or more in few tests: begun last, one would run on alone.
+LONG = ("test_triton.py", "test_packaging.py", "test_static_report.py", "test_examples.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on a GPU: `make gpu` selects it."""
+    """Long files first; and mark what runs on a GPU: `make gpu` selects it."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         place = getattr(item, "callspec", None) and item.callspec.params.get("place")
         if isinstance(place, Place) and place.device == "cuda":
