@@ -10,36 +10,56 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from gptfast.checkpoint import UNPICKLING_ERRORS, unpickling_reason
 
-__all__ = ["load_sharded"]
+__all__ = ["failure_reasons", "load_sharded"]
 
-# What the metadata of a state of tensors, numbers and strings consists of. All are constructors of
-# plain data; dtypes and layouts come by the name of one function.
-ALLOWED = {
+
+def _joined(*parts: str) -> str:
+    """A path, which is nothing but remembered: a string does, on every system."""
+    return "/".join(parts)
+
+
+def _member(encoding: Any, name: Any) -> Any:
+    """What an enum's member is read with where it was written by its name."""
+    if encoding is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError("builtins.getattr is not part of it")
+    return _MEM_FORMAT_ENCODING[name]
+
+
+# What the metadata of a state of tensors, numbers and strings consists of: plain data,
+RECORDS = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
         for name in (
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
             *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-            "_MEM_FORMAT_ENCODING",
         )
     ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+# with these in it,
+ALLOWED = RECORDS | {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),  # as Python 3.13 calls it
+}
+# and what is written in a way that depends on the version of Python.
+STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("pathlib", "PosixPath"): _joined,
+    ("pathlib._local", "PosixPath"): _joined,
+    ("builtins", "getattr"): _member,
 }
 
 
@@ -56,14 +76,39 @@ def load_sharded(state: dict[str, Any], folder: Path) -> None:
     try:
         load(state, storage_reader=_Reader(folder), planner=_Planner())
     except CheckpointException as error:
-        reasons = {str(failure[0]) for failure in error.failures.values()}
-        raise ValueError(f"{folder}: {'; '.join(sorted(reasons)):.300}") from error
+        raise ValueError(f"{folder}: {failure_reasons(error):.300}") from error
 
 
-class _Unpickler(pickle.Unpickler):
+def failure_reasons(error: CheckpointException) -> str:
+    """What went wrong in the processes, each reason once."""
+    reasons = set()
+    for failure, _ in error.failures.values():
+        reason = unpickling_reason(failure).rpartition("metadata read failed: ")[2]
+        if isinstance(failure, pickle.UnpicklingError):  # of a tensor
+            reason = f"expected tensors without code: {reason}"
+        reasons.add(reason)
+    return "; ".join(sorted(reasons))
+
+
+def _build(unpickler: Any) -> None:
+    """Give a record its fields; a class or function that were given some would keep them."""
+    kind = type(unpickler.stack[-2])
+    if (kind.__module__, kind.__qualname__) not in RECORDS:
+        raise pickle.UnpicklingError(f"fields of a {kind.__qualname__} are not part of it")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
+
+
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C has no hook for fields
     """Of metadata: knows the classes of the format, and PyTorch's dtypes."""
 
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: _build,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
         if (module, name) in ALLOWED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -72,11 +117,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    # Without the base's arguments, so that PyTorch does not try again for a single process's.
+    def read_metadata(self) -> Metadata:
         file = Path(self.path) / ".metadata"
+        data = io.BytesIO(file.read_bytes())
         try:
-            metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
-        except UNPICKLING_ERRORS as error:
+            metadata = _Unpickler(data).load()
+        except Exception as error:  # in Python it may be any, of a damaged file
             raise ValueError(f"{file}: expected metadata without code: {error}") from error
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise ValueError(f"{file}: expected metadata, got {type(metadata).__name__}")

@@ -18,6 +18,9 @@ from gptfast import checkpoint
 if TYPE_CHECKING:
     from gptfast.train import Trainer
 
+# What comes of harmless values that are not what was saved.
+STATE_ERRORS = (LookupError, TypeError, ValueError, RuntimeError, AttributeError)
+
 
 def save_state(trainer: Trainer) -> None:
     """Write a checkpoint of the step that was made; all processes must call this.
@@ -81,14 +84,15 @@ def _save_sharded(trainer: Trainer) -> Path:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    from gptfast.sharded import failure_reasons
+
     path = trainer.folder.path / ".sharded.tmp"
     trainer.ranks.on_first(lambda: shutil.rmtree(path, ignore_errors=True))
     try:
         save(_sharded_state(trainer), checkpoint_id=path)
     except CheckpointException as error:  # of a full disk, say
-        reasons = {str(failure[0]) for failure in error.failures.values()}
         raise OSError(
-            f"cannot write the shards of step {trainer.step}: {'; '.join(sorted(reasons))}; "
+            f"cannot write the shards of step {trainer.step}: {failure_reasons(error)}; "
             f"{checkpoint.last_good(trainer.folder.path)}"
         ) from error
     return path
@@ -104,12 +108,17 @@ def _restore_sharded(trainer: Trainer, path: Path) -> None:
         raise ValueError(f"{path}: expected a checkpoint of fsdp by the settings, got another")
     state = _sharded_state(trainer)
     load_sharded(state, folder)
-    set_state_dict(
-        trainer.model,
-        trainer.optimizers[0],
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
+    try:
+        set_state_dict(
+            trainer.model,
+            trainer.optimizers[0],
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    except (*STATE_ERRORS, AssertionError) as error:
+        raise ValueError(
+            f"{folder}: expected the optimizer's state of this model: {error!r:.300}"
+        ) from error
 
 
 def _restore_whole(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -148,7 +157,7 @@ def restore_state(trainer: Trainer, path: Path) -> None:
             batch = trainer.config.batch_size * trainer.ranks.world_size
             trainer.loader.position = state["windows"] // batch
         _restore_generators(trainer, state["generators"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except STATE_ERRORS as error:
         raise ValueError(
             f"{file}: expected the training state of this model: {error!r:.300}"
         ) from error
