@@ -1,5 +1,6 @@
 """From files to shards: the same tokens however the work is cut, shared and stopped."""
 
+import errno
 import itertools
 import json
 import os
@@ -365,6 +366,16 @@ def test_a_full_disk(small_disk, tmp_path):
     file.write_text(1_000_000 * "a")
     with pytest.raises(OSError, match=r"cannot write .*/data: .*; with more room the same command"):
         prepare(file, small_disk / "data")
+
+
+def test_another_error_of_the_system_is_not_a_full_disk(tmp_path, monkeypatch):
+    def encode(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(preparation, "_encode_all", encode)
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        prepare(tmp_path / "text.txt", tmp_path / "data")
 
 
 def test_a_named_set_is_prepared_before_training():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import sys
@@ -130,9 +131,10 @@ def prepare(
             if not manifest["complete"]:
                 _encode_all(folder, manifest, tokens, units, shard_tokens, workers, progress)
     except OSError as error:
-        if type(error) is not OSError or error.filename is not None:
+        # Of a full disk; numpy says of it that fewer bytes were written, without a number.
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        if type(error) is not OSError or error.filename is not None or not full:
             raise
-        # Of a full disk; numpy says of it that fewer bytes were written.
         raise OSError(
             f"cannot write {folder}: {error}; with more room the same command goes on where it was"
         ) from error
