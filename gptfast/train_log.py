@@ -168,6 +168,7 @@ class Reporter:
         if self.validating is None:
             self.validating = self.bar.add_task("validate", total=total, numbers="validation"), now
             self.printed = now  # a short one needs no line
+            return
         task, started = self.validating
         self.bar.update(task, completed=done)
         if self.bar.disable and now - self.printed >= LINE_SECONDS and done < total:

@@ -36,7 +36,7 @@ def validation_loss(
         block_size: tokens in a window; the last one may be shorter.
         device: where the model is.
         ranks: the processes that share the windows.
-        on_done: told after every batch how many tokens are done, and of how many.
+        on_done: told at first and after every batch how many tokens are done, and of how many.
 
     Raises:
         ValueError: fewer than two tokens.
@@ -51,6 +51,7 @@ def validation_loss(
         length = min(block_size, count - start)
         batches.append((start, rows, length))
         start += rows * length
+    on_done(0, count)
     total = torch.zeros((), dtype=torch.float64, device=device)
     # As many batches for each process, since fsdp needs all of them in each forward.
     for n in range(

@@ -225,7 +225,12 @@ def test_validation_windows(length):
         seen.extend(zip(x.flatten().tolist(), y.flatten().tolist(), strict=True))
         return None, y.float().mean()
 
-    loss = validation_loss(model, tokens, batch_size=3, block_size=16)
+    told = []
+    loss = validation_loss(
+        model, tokens, batch_size=3, block_size=16, on_done=lambda *of: told.append(of)
+    )
+    assert told[0] == (0, length - 1)
+    assert told[-1] == (length - 1, length - 1)
     ids = tokens.tolist()
     assert seen == list(itertools.pairwise(ids))
     assert loss == pytest.approx(float(np.mean(ids[1:])), rel=1e-6)
