@@ -51,7 +51,7 @@ cuda-host: venv ## the CUDA kernels, executed on this CPU (needs the CUDA toolki
 cuda-sanitize: venv ## the CUDA kernels under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m pytest tests/test_cuda_sanitize.py
 
-validate: venv ## GPT-2 of all four sizes held against transformers, with seeded weights; 14 GB, a quarter of an hour
+validate: venv ## GPT-2 of all four sizes held against transformers, with seeded weights; 14 GB, 6 GB of temporary files, a quarter of an hour
 	$(BIN)/gptfast validate --preset gpt2
 	$(BIN)/gptfast validate --preset gpt2-medium
 	$(BIN)/gptfast validate --preset gpt2-large --dtype bfloat16

@@ -40,7 +40,7 @@ from gptfast.distributed import ProcessLostError
 from gptfast.evaluate import evaluate, print_scores, read_hellaswag, read_lambada
 from gptfast.generate import generate_text, pick_device
 from gptfast.integrations.huggingface import download, is_gpt2_folder, load_gpt2, save_gpt2
-from gptfast.models import GPT, GPTConfig
+from gptfast.models import GPTConfig
 from gptfast.models.gpt import PRESETS as MODEL_PRESETS
 from gptfast.nn import quantize
 from gptfast.plan import make_plan, parse_gpus, parse_tokens, print_plan
@@ -335,9 +335,9 @@ class Validate:
         """Validate; the exit status is 1 where the models differ."""
         from gptfast.validate import print_validation, validate
 
-        source: Path | GPT | GPTConfig = GPTConfig.preset(self.preset)
+        source: Path | GPTConfig = GPTConfig.preset(self.preset)
         if self.checkpoint is not None:
-            source = _hf_folder(self.checkpoint) or checkpoint.load(self.checkpoint).model
+            source = _hf_folder(self.checkpoint) or Path(self.checkpoint)
         console = Console()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             tasks: dict[str, TaskID] = {}

@@ -19,11 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from gptfast import checkpoint
 from gptfast.backend import dtype_name
 from gptfast.data import read_text
 from gptfast.decoder import Decoder, why_not
 from gptfast.generate import stream
 from gptfast.integrations.huggingface import (
+    is_gpt2_folder,
     load_gpt2,
     read_gpt2_sizes,
     save_gpt2,
@@ -78,17 +80,20 @@ class HalfPrecision:
         margin: where they are not, how far the float32 logits of the two tokens are apart at most.
             It cannot exceed twice the larger error: the choice between them is a tie to half
             precision.
+        greedy: whether our continuation takes tokens of the largest of our logits, for as long as
+            it has transformers' before it.
     """
 
     text: Errors
     decoding: Errors
     agreeing: int
     margin: float
+    greedy: bool
 
     @property
     def passed(self) -> bool:
-        """Whether neither error is more than twice that of transformers."""
-        return self.text.passed and self.decoding.passed
+        """Whether neither error is more than twice that of transformers, and the text is greedy."""
+        return self.text.passed and self.decoding.passed and self.greedy
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,11 @@ def validate(
     seed: int = 0,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Validation:
-    """Compare with transformers' GPT2LMHeadModel, one model in memory at a time.
+    """Compare with transformers' GPT2LMHeadModel, one model in memory besides a given one.
 
     Args:
-        source: a folder of Hugging Face's format; or a model, or sizes for seeded random weights,
-            which go through such a folder in both directions.
+        source: a folder of Hugging Face's format; or a checkpoint of ours, a model, or sizes for
+            seeded random weights, which go through such a folder in both directions.
         new_tokens: length of the greedy continuation.
         batch: (B, T) of the tokens whose logits and loss are compared; T at most block_size.
         dtype: of the weights in both.
@@ -157,28 +162,34 @@ def validate(
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        FileNotFoundError, ValueError: as `load_gpt2`.
+        FileNotFoundError, ValueError: as `load_gpt2`; or nothing to compare.
         OSError: no room for two copies of the weights among temporary files.
     """
-    option = None if isinstance(source, Path) else _config(source).unlike_gpt2()
-    if option is not None:
-        raise ValueError(f"validate: expected the architecture of GPT-2, got {option}")
+    if new_tokens < 1 or batch[0] < 1 or batch[1] < 2:
+        raise ValueError(
+            "validate: expected at least one new token, and a text of two, "
+            f"got new_tokens {new_tokens}, batch {batch}"
+        )
     _transformers()  # before work that would be in vain without it
     comparison = _Comparison(new_tokens, batch, dtype, on_progress)
     with tempfile.TemporaryDirectory() as name, _quiet_transformers():
         folder = Path(name)
-        if isinstance(source, Path):
+        if isinstance(source, Path) and is_gpt2_folder(source):
             return comparison.of(source, folder)
         on_progress("writing the weights", 0, 1)
-        if isinstance(source, GPTConfig):
-            source = _random_model(source, seed)
-        path = save_gpt2(source.to(dtype), folder / "gpt2", GPT2Tokenizer())
-        del source
-        return comparison.of(path, folder)
+        return comparison.of(_written(source, folder / "gpt2", dtype, seed), folder)
 
 
-def _config(source: GPT | GPTConfig) -> GPTConfig:
-    return source if isinstance(source, GPTConfig) else source.config
+def _written(source: Path | GPT | GPTConfig, path: Path, dtype: torch.dtype, seed: int) -> Path:
+    """The weights as a folder of Hugging Face's; a model that is made for it is let go of."""
+    if isinstance(source, Path):
+        source = checkpoint.load(source).model
+    config = source if isinstance(source, GPTConfig) else source.config
+    option = config.unlike_gpt2()
+    if option is not None:
+        raise ValueError(f"validate: expected the architecture of GPT-2, got {option}")
+    model = _random_model(source, seed).to(dtype) if isinstance(source, GPTConfig) else source
+    return save_gpt2(model, path, GPT2Tokenizer())
 
 
 def _random_model(config: GPTConfig, seed: int) -> GPT:
@@ -221,17 +232,19 @@ class _Comparison:
     def of(self, path: Path, folder: Path) -> Validation:
         """Compare on the weights in `path`; `folder` is for temporary files."""
         config, tokenizer = read_gpt2_sizes(path)
+        if config.block_size < 2:
+            raise ValueError("validate: expected a block_size of at least 2, got 1")
         B, T = self.batch[0], min(self.batch[1], config.block_size)
         idx = _text(tokenizer, config.vocab_size, B, T)
-        prompt = idx[:1, : min(8, T // 2 + 1)]
+        prompt = idx[:1, : min(8, T // 2)]
         n = min(self.new_tokens, config.block_size - prompt.shape[1])
 
         theirs = self._theirs(path, idx, prompt, n)
         ours, parameters, same_weights = self._ours(path, idx, prompt, theirs.tokens, folder)
+        same = sum(1 for _ in itertools.takewhile(_equal, zip(ours.tokens, theirs.tokens)))  # noqa: B905 - both have n
         half = None
         if self.dtype != torch.float32:
-            half = self._half(path, idx, prompt, ours, theirs)
-        same = sum(1 for _ in itertools.takewhile(_equal, zip(ours.tokens, theirs.tokens)))  # noqa: B905 - both have n
+            half = self._half(path, idx, prompt, ours, theirs, same)
         known = tokenizer is not None and max(ours.tokens + theirs.tokens) < tokenizer.vocab_size
         return Validation(
             dtype=self.dtype,
@@ -252,6 +265,8 @@ class _Comparison:
         stage = "transformers"
         self.on_progress(stage, 0, n)
         model = _transformers().from_pretrained(path, dtype=self.dtype).eval()
+        # Without what a folder asks for, such as a penalty of repetitions.
+        model.generation_config = type(model.generation_config)()
         out = model(idx, labels=idx)
         made = model.generate(
             prompt,
@@ -302,7 +317,13 @@ class _Comparison:
         return torch.cat(rows)
 
     def _half(
-        self, path: Path, idx: torch.Tensor, prompt: torch.Tensor, ours: _Made, theirs: _Made
+        self,
+        path: Path,
+        idx: torch.Tensor,
+        prompt: torch.Tensor,
+        ours: _Made,
+        theirs: _Made,
+        same: int,
     ) -> HalfPrecision:
         self.on_progress("transformers in float32", 0, 1)
         # Rounded first, as both have them.
@@ -312,11 +333,15 @@ class _Comparison:
         next_logits = model(tokens).logits[0, prompt.shape[1] - 1 :]
         mine, yours = (made.next_logits.argmax(1, keepdim=True) for made in (ours, theirs))
         margins = (next_logits.gather(1, mine) - next_logits.gather(1, yours)).abs()
+        # Up to the token in which the texts part, our logits are those that our text was made of.
+        along = ours.next_logits[: same + 1]
+        taken = along.gather(1, torch.tensor(ours.tokens[: same + 1])[:, None])
         return HalfPrecision(
             _errors(logits, ours.logits, theirs.logits),
             _errors(next_logits, ours.next_logits, theirs.next_logits),
             agreeing=int((mine == yours).sum()),
             margin=margins.max().item(),
+            greedy=torch.equal(taken, along.amax(1, keepdim=True)),
         )
 
 
@@ -379,6 +404,8 @@ def _add_half(table: Table, half: HalfPrecision, n: int) -> None:
     if half.agreeing < n:
         parting += f", ties to {half.margin:.1e}"
     table.add_row("next tokens along transformers' text", "", "", parting)
+    if not half.greedy:
+        table.add_row("greedy text, from these logits", "", "", "some")
 
 
 def _transformers() -> Any:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from gptfast import checkpoint
 from gptfast.cli import main
 from gptfast.decoder import Decoder
+from gptfast.generate import stream
 from gptfast.integrations.huggingface import (
     is_gpt2_folder,
     load_gpt2,
@@ -192,16 +193,20 @@ def test_code_in_a_pickle_does_not_run(folder, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
-def test_without_a_network(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("no network\nand much more", "no network"), ("", "ConnectionError")],
+)
+def test_without_a_network(monkeypatch, capsys, text, reason):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
     def snapshot_download(name, **_):
-        raise ConnectionError("no network\nand much more")
+        raise ConnectionError(text)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert main(["generate", "--checkpoint", "hf:openai-community/gpt2"]) == 2
     assert capsys.readouterr().err == (
-        "gptfast: error: cannot fetch 'openai-community/gpt2' from the hub: no network; give a "
+        f"gptfast: error: cannot fetch 'openai-community/gpt2' from the hub: {reason}; give a "
         "folder on the disk, or set HF_HOME to a cache that has it\n"
     )
 
@@ -311,8 +316,29 @@ def test_validation_in_half_precision(dtype):
     half = result.half
     assert 0 < half.text.rms < half.text.largest < 0.1
     assert half.agreeing >= result.same_tokens
-    errors = half.decoding
-    assert half.margin <= 2 * max(errors.largest, errors.their_largest)
+
+
+def test_validation_leaves_a_model_as_it_is(folder):
+    model = new_model()
+    assert validate(model, new_tokens=5, dtype=torch.bfloat16).passed
+    assert_same(model, new_model())
+
+
+def test_validation_of_nothing(tmp_path):
+    for new_tokens, batch in ((0, (2, 64)), (5, (0, 64)), (5, (2, 1))):
+        with pytest.raises(ValueError, match="expected at least one new token, and a text of two"):
+            validate(SMALL, new_tokens=new_tokens, batch=batch)
+    with pytest.raises(ValueError, match="expected a block_size of at least 2, got 1"):
+        validate(GPTConfig(1, 31, 1, 2, 24))
+    result = validate(GPTConfig(2, 31, 1, 2, 24))
+    assert result.passed
+    assert len(result.tokens) == 1
+
+
+def test_validation_decides_how_text_is_made(folder):
+    expected = validate(folder, new_tokens=12)
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 5.0, "max_length": 3}')
+    assert validate(folder, new_tokens=12) == expected
 
 
 def test_validation_of_another_architecture():
@@ -353,6 +379,19 @@ def test_validation_in_half_precision_finds_a_wrong_model(monkeypatch):
     assert result.half.agreeing < 5
 
 
+def test_validation_in_half_precision_finds_a_wrong_text(monkeypatch):
+    def wrong(*args, **kwargs):
+        for n, token in enumerate(stream(*args, **kwargs)):
+            yield token + (n == 3)
+
+    monkeypatch.setattr("gptfast.validate.stream", wrong)
+    result = validate(SMALL, new_tokens=5, batch=(2, 16), dtype=torch.bfloat16)
+    assert not result.half.greedy
+    assert result.half.text.passed
+    assert result.half.decoding.passed
+    assert not result.passed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "gigabytes"),
@@ -379,6 +418,12 @@ def test_folders_with_the_same_weights(folder, tmp_path):
     state["h.2.mlp.c_fc.bias"][7] += 1e-6
     torch.save(state, old / "pytorch_model.bin")
     assert not stored_equally(folder, old, torch.float32)
+    (folder / "model.safetensors").unlink()
+    for number, other, equal in ((0.0, -0.0, False), (torch.nan, torch.nan, True)):
+        for path, value in ((folder, number), (old, other)):
+            state["h.2.mlp.c_fc.bias"][7] = value
+            torch.save(state, path / "pytorch_model.bin")
+        assert stored_equally(folder, old, torch.bfloat16) is equal
     del state["h.2.mlp.c_fc.bias"]
     torch.save(state, old / "pytorch_model.bin")
     assert not stored_equally(folder, old, torch.float32)

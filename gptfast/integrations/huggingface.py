@@ -98,7 +98,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise OSError(
             f"cannot fetch {name!r} from the hub: {reason:.200}; give a folder on the disk, "
             "or set HF_HOME to a cache that has it"
@@ -216,9 +216,16 @@ def stored_equally(path: Path, other: Path, dtype: torch.dtype) -> bool:
         (a, shapes_a, read_a), (b, shapes_b, read_b) = (_weights(p, files) for p in (path, other))
         names_a, names_b = dict(_renamed(a, shapes_a)), dict(_renamed(b, shapes_b))
         return names_a.keys() == names_b.keys() and all(
-            torch.equal(read_a(names_a[name]).to(dtype), read_b(names_b[name]).to(dtype))
+            torch.equal(
+                _bits(read_a(names_a[name]).to(dtype)), _bits(read_b(names_b[name]).to(dtype))
+            )
             for name in names_a
         )
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """As integers: two zeros differ in their sign, and a NaN is equal to itself."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 # ---- Reading -------------------------------------------------------------------------------------
