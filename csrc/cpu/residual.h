@@ -11,12 +11,21 @@ namespace gptfast::GPTFAST_ISA {
 namespace {
 
 // a0 b0 a1 b1 ... into two vectors
+#if __has_builtin(__builtin_shufflevector)
 template <std::size_t... i>
 inline void zip(u32v a, u32v b, u32v out[2], std::index_sequence<i...>) {
   out[0] = __builtin_shufflevector(a, b, (i % 2 * W + i / 2)...);
   out[1] = __builtin_shufflevector(a, b, (i % 2 * W + W / 2 + i / 2)...);
 }
 inline void zip(u32v a, u32v b, u32v out[2]) { zip(a, b, out, std::make_index_sequence<W>{}); }
+#else  // g++ 11
+inline void zip(u32v a, u32v b, u32v out[2]) {
+  constexpr uint32_t kWidth = W;
+  const u32v lane = bit_cast<u32v>(lane_index()), from = lane % 2u * kWidth + lane / 2u;
+  out[0] = __builtin_shuffle(a, b, from);
+  out[1] = __builtin_shuffle(a, b, from + kWidth / 2);
+}
+#endif
 
 // Factors z of one row of a matrix: column j is kept where 16 bits of the generator at counter
 // (row, j / 8, 0, 0) are below `threshold`.
