@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from places import implemented
+from places import at_level, implemented
 from torch.nn import functional as F
 
 import gptfast
@@ -109,6 +109,18 @@ def test_error(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("place", implemented("attention_decode"), ids=str)
+@pytest.mark.parametrize("length", [1, 5])
+def test_an_infinite_value(place, length):
+    q = torch.randn(1, 2, 1, 16, device=place.device).bfloat16()
+    k, v = torch.randn(2, 1, 8, 2, 16, device=place.device).bfloat16().unbind()
+    v[:, :length] = torch.inf
+    lengths = torch.tensor([length], dtype=torch.int32, device=place.device)
+    with at_level(place.isa), gptfast.use_backend(place.backend):
+        o = gptfast.attention_decode(q, k, v, lengths)
+    assert (o == torch.inf).all()
 
 
 def test_it_refuses_differentiation():

@@ -47,7 +47,7 @@ namespace {
 
 constexpr int64_t kPart = 256;  // keys: some 5 us of reading at D = 64, the price of a fork
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kHeads = 16;  // their scores of a part, kFewRows each, fill the first-level cache
+constexpr int64_t kHeads = 16;          // their scores of a part, kFewRows each, are 64 KB
 constexpr int64_t kKeysAtOnce = 4;      // values that are summed before o is stored
 constexpr int64_t kGrainBytes = 65536;  // copied by a thread: some 5 us
 
@@ -84,7 +84,7 @@ struct Task {
 
 // Calls body(n, x) with each key n of a task, counted from its first, and its row of a cache.
 template <class T, class Body>
-inline void for_each_key(const Decode& call, const Task& task, Heads cache, const Body& body) {
+inline void for_each_row(const Decode& call, const Task& task, Heads cache, const Body& body) {
   for (int64_t key = task.key; key < task.key_end;) {
     const Place at = place_of(call.shape, task.b, key);
     const int64_t end = smaller(task.key_end, key + call.shape.page_size - at.slot);
@@ -111,7 +111,7 @@ void visit_rows(const Decode& call, const Task& task) {
     for_each_vector(D,
                     [&](int64_t d, auto part) { store(q + i * width + d, part.load(from + d)); });
   }
-  for_each_key<T>(call, task, call.k, [&](int64_t n, const T* k) {
+  for_each_row<T>(call, task, call.k, [&](int64_t n, const T* k) {
     for (int64_t i = 0; i < heads; ++i, k += call.k.stride_h)
       for (int64_t j = i * rows; j < (i + 1) * rows; ++j) {
         f32v dot{};
@@ -144,29 +144,33 @@ void visit_rows(const Decode& call, const Task& task) {
       part.store(seen + begin + n, prob);
     });
     std::fill(seen, seen + begin, 0.0f);
-    std::fill(seen + end, seen + ceil_to(keys, kKeysAtOnce), 0.0f);
+    std::fill(seen + end, seen + keys, 0.0f);
     const int64_t index = call.index(task.b, h_kv, task.part, m);
     call.tops[index] = highest;
     call.sums[index] = reduce_add(sum);
     std::memset(call.o_parts + index * Dv, 0, Dv * sizeof(float));
   }
 
-  for_each_key<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
-  for (int64_t n = keys; n % kKeysAtOnce; ++n) values[n] = values[keys - 1];  // of weight 0
-  const int64_t o_stride = call.index(0, 1, 0, 0) * Dv;                       // from head to head
+  for_each_row<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
+  const int64_t o_stride = call.index(0, 1, 0, 0) * Dv;  // from head to head
   float* o_first = call.o_parts + call.index(task.b, task.h_kv, task.part, 0) * Dv;
-  for (int64_t n = 0; n < keys; n += kKeysAtOnce)
+  auto add_values = [&](int64_t n, auto count) {  // of `count` keys, a constant but for the last
     for (int64_t i = 0; i < heads; ++i)
       for (int64_t r = 0; r < rows; ++r) {
         const float* weight = p + (i * rows + r) * kPart + n;
         float* o = o_first + i * o_stride + r * Dv;
         for_each_vector(Dv, [&](int64_t d, auto part) {
           f32v acc = part.load(o + d);
-          for (int64_t j = 0; j < kKeysAtOnce; ++j)
+          for (int64_t j = 0; j < count; ++j)
             acc += weight[j] * part.load(values[n + j] + i * call.v.stride_h + d);
           part.store(o + d, acc);
         });
       }
+  };
+  int64_t n = 0;
+  for (; n + kKeysAtOnce <= keys; n += kKeysAtOnce)
+    add_values(n, std::integral_constant<int64_t, kKeysAtOnce>{});
+  if (n < keys) add_values(n, keys - n);
 }
 
 // Keys [key, key + n) of a cache, n rows of D with one stride: copied where they lie in several pages.
@@ -183,7 +187,7 @@ struct KeyRows {
     if (at.slot + n <= call.shape.page_size) return;
     T* copy = scratch.reserve<T>(kKeys * D);
     const Task part{task.b, task.h_kv, task.h_kv_end, 0, 0, 0, key, key + n};
-    for_each_key<T>(call, part, cache,
+    for_each_row<T>(call, part, cache,
                     [&](int64_t i, const T* x) { std::memcpy(copy + i * D, x, D * sizeof(T)); });
     data = copy;
     stride = D;
@@ -276,14 +280,15 @@ void visit_tiles(const Decode& call, const Task& task) {
 template <class T>
 void merge(const Decode& call, int64_t b, int64_t h_kv, int64_t m, int64_t parts) {
   const CacheShape& shape = call.shape;
+  static thread_local Scratch scratch;
+  float* weight = scratch.reserve(parts);
   float top = -FLT_MAX, sum = 0;
   for (int64_t part = 0; part < parts; ++part)
     top = std::max(top, call.tops[call.index(b, h_kv, part, m)]);
-  auto weight = [&](int64_t part) {
-    return exp2(set1(call.tops[call.index(b, h_kv, part, m)] - top))[0];
-  };
-  for (int64_t part = 0; part < parts; ++part)
-    sum += weight(part) * call.sums[call.index(b, h_kv, part, m)];
+  for (int64_t part = 0; part < parts; ++part) {
+    weight[part] = exp2(set1(call.tops[call.index(b, h_kv, part, m)] - top))[0];
+    sum += weight[part] * call.sums[call.index(b, h_kv, part, m)];
+  }
   const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
   const int64_t h = call.head(h_kv, m), t = m % shape.T;
   T* out = row<T>(call.o, b, h, t);
@@ -291,7 +296,7 @@ void merge(const Decode& call, int64_t b, int64_t h_kv, int64_t m, int64_t parts
     f32v total{};
     for (int64_t part = 0; part < parts; ++part)
       total +=
-          weight(part) * vector.load(call.o_parts + call.index(b, h_kv, part, m) * shape.Dv + d);
+          weight[part] * vector.load(call.o_parts + call.index(b, h_kv, part, m) * shape.Dv + d);
     vector.store(out + d, total * inverse);
   });
   call.lse[(b * shape.H + h) * shape.T + t] = sum == 0 ? -INFINITY : top * kLn2 + std::log(sum);

@@ -345,7 +345,8 @@ def attention_decode(
         Head dims over 256 run on the PyTorch reference on a GPU. The query heads of one key head
         are packed into one tile of up to 64 rows (16 for the widest heads on the smallest cards);
         beyond, keys and values are read once for every tile. A few long sequences are split among
-        programs, which takes 4 (Dv + 1) bytes for each row and part.
+        programs, which takes 4 (Dv + 1) bytes for each row and part. On a CPU it takes 4 (Dv + 2)
+        for each query, head and 256 keys of the longest sequence.
 
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "Efficient
     Memory Management for Large Language Model Serving with PagedAttention", 2023.
