@@ -72,17 +72,19 @@ def test_the_module_loads_torchs_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_a_large_vocabulary(isa, dtype):
     """Several blocks of columns, pieces of the vocabulary, and a result that is streamed."""
-    V, C, N = 4700, 1100, 3000
+    V, C, N = 18800 // dtype.itemsize, 1088, 3000  # 20 MB in rows of whole vectors: see stream.h
     idx = (torch.rand(N) ** 4 * V).long()  # the first token a tenth of the time
     dy = torch.randn(N, C).to(dtype)
-    dw = torch.ops.gptfast.embedding_bwd(dy, idx, V, 1)
     exact = torch.zeros(V, C, dtype=torch.float64).index_add_(0, idx, dy.double())
     size = torch.zeros(V, C, dtype=torch.float64).index_add_(0, idx, dy.double().abs())
     exact[1] = 0  # the padding
     # Each of n - 1 sums rounds once, and the result once to its dtype.
     count = idx.bincount(minlength=V)[:, None]
     bound = count * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs()
-    assert ((dw.double() - exact).abs() <= bound).all()
+    for _ in range(2):  # in fresh memory, and in what the first call has left
+        dw = torch.ops.gptfast.embedding_bwd(dy, idx, V, 1)
+        assert ((dw.double() - exact).abs() <= bound).all()
+        del dw
 
 
 def test_a_token_that_is_not_there_gives_no_gradient(isa):
