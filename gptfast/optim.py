@@ -48,7 +48,7 @@ class AdamW(torch.optim.Optimizer):
         TypeError: a parameter is not floating point, or lr is a tensor of another dtype.
         ValueError: a setting out of range, or parameters on several devices.
         RuntimeError: from `step`, for sparse gradients; or a backend is forced and refuses; or a
-            CUDA graph captures a parameter's first step.
+            CUDA graph captures a parameter's first step, or the first that rounds at random.
 
     Limits:
         Gradients are left as they were, clipped or unscaled only on the way. The two moments are
@@ -176,8 +176,13 @@ class AdamW(torch.optim.Optimizer):
                 self._check_gradient(p)
         if not params:
             return loss
-        states = [self.state[p] or self._new_state(p) for p in params]
+        states = [self.state.get(p) or self._new_state(p) for p in params]
         if self.stochastic_rounding and self.rounding_seed is None:
+            if is_capturing(params[0].device):  # every replay would draw another
+                raise RuntimeError(
+                    "AdamW: stochastic_rounding must have drawn its seed, in a first step, before "
+                    "one is captured in a CUDA graph"
+                )
             self.rounding_seed = torch.randint(2**63 - 1, (), device=params[0].device)
         empty = torch.empty(0)
         norm = adamw_fwd(

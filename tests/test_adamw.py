@@ -10,6 +10,7 @@ import torch
 from places import PLACES
 
 import gptfast
+from gptfast import optim
 from gptfast.ops import adamw as op
 from gptfast.optim import AdamW
 from gptfast.testing import DTYPES, Magnitude, assert_close, assert_close_in_norm, rounding_bound
@@ -186,6 +187,25 @@ def test_the_tables_of_a_cuda_graph(place, monkeypatch):
     monkeypatch.setattr(op, "is_capturing", lambda device: True)
     in_small_blocks(place, monkeypatch)
     judge_step(random_parameters(SIZES, DTYPES, place.device), place, 0.5, masters=True)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_refused_capture_leaves_no_state(place, monkeypatch, rounding):
+    params = random_parameters(SIZES, DTYPES, place.device)
+    optimizer = AdamW(params, stochastic_rounding=rounding)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="must have had a step before one is captured"):
+            optimizer.step()
+    assert not optimizer.state
+    peer = torch.optim.AdamW(copies(params, torch.float32))
+    run(peer, peer.param_groups[0]["params"], 1)
+    optimizer.load_state_dict(peer.state_dict())
+    if rounding:
+        monkeypatch.setattr(optim, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="stochastic_rounding must have drawn its seed"):
+            optimizer.step()
+    assert optimizer.rounding_seed is None
 
 
 def test_thousands_of_tiny_tensors(place, monkeypatch):
