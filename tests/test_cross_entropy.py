@@ -181,6 +181,16 @@ def test_unaligned_loss_and_gradient_at_once(place):
     torch.testing.assert_close(got, (expected.detach(), *torch.autograd.grad(expected, logits)))
 
 
+def test_one_number_counts_for_every_row():
+    logits, target = torch.randn(6, 20), torch.arange(6)
+    ours = [
+        gptfast.cross_entropy_with_gradient(logits, target, reduction="none", dloss=dloss)
+        for dloss in (0.5, torch.tensor(0.5), torch.full((6,), 0.5))
+    ]
+    for result in ours[:2]:
+        assert all(map(torch.equal, result, ours[2]))
+
+
 def test_gradient_at_once_trains_without_autograd_of_the_loss(rows):
     x, w, target = rows
     expected = torch.autograd.grad(F.cross_entropy(x @ w.T, target), w)[0]
@@ -203,12 +213,17 @@ def test_loss_and_gradient_at_once_are_registered(rows, inplace):
     [
         ({"logits": torch.ones(6, 20, requires_grad=True)}, RuntimeError, "must not require grad"),
         ({"logits": torch.ones(20, 6).T, "inplace": True}, RuntimeError, r"strides \(1, 6\)"),
+        (
+            {"dloss": torch.ones((), requires_grad=True)},
+            RuntimeError,
+            "dloss must not require grad",
+        ),
         ({"dloss": torch.ones(6)}, ValueError, r"dloss must be \(\), got \(6,\)"),
-        ({"target": torch.full((6,), 20)}, IndexError, "got 20 at position 0"),
+        ({"target": torch.full((6,), 20)}, IndexError, "target must be .*got 20 at position 0"),
     ],
 )
 def test_loss_and_gradient_at_once_refuse(rows, change, error, message):
-    with pytest.raises(error, match=f"cross_entropy.*{message}"):
+    with pytest.raises(error, match=f"^cross_entropy_with_gradient: .*{message}"):
         gptfast.cross_entropy_with_gradient(
             **{"logits": torch.ones(6, 20), "target": rows[2], **change}
         )

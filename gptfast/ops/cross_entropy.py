@@ -251,8 +251,6 @@ def cuda_fused(
     """Loss and gradient by one kernel of the `cuda` backend."""
     x, target, dloss = (t.contiguous() for t in (x, target, dloss))
     M, V = x.shape
-    if x.device.type == "cpu":  # as in cuda_fwd
-        check_targets("cross_entropy", target, V, ignore_index)
     loss = torch.empty(M, dtype=torch.float32, device=x.device)
     dx = x if inplace else torch.empty_like(x)
     given = dloss, x, target, *cuda_parameter(weight), loss, dx, M, V
@@ -289,7 +287,7 @@ OP = backend.Op(
     },
 )
 FUSED = backend.Op(
-    "cross_entropy_fused",
+    "cross_entropy_with_gradient",
     {
         **{name: _in_two(OP.implementations[name]) for name in ("torch", "cpu", "triton")},
         "cuda": backend.Implementation(cuda_fused),
@@ -362,14 +360,28 @@ cross_entropy_fwd = define(
 )
 
 
+def _run_fused(
+    x: torch.Tensor,
+    dloss: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    *options: Any,
+) -> Tensors2:
+    implementation = FUSED.choose(x)
+    if x.device.type == "cpu":  # before anything is overwritten
+        check_targets(FUSED.name, target, x.shape[1], ignore_index)
+    return implementation.fwd(x, dloss, target, weight, ignore_index, *options)
+
+
 def _fused(x: torch.Tensor, *args: Any) -> Tensors2:
-    return FUSED.choose(x).fwd(x, *args, False)
+    return _run_fused(x, *args, False)
 
 
 def _fused_inplace(x: torch.Tensor, *args: Any) -> torch.Tensor:
     if not x.is_contiguous():
         raise RuntimeError(f"cross_entropy_fused_: x must be contiguous, got strides {x.stride()}")
-    loss, _ = FUSED.choose(x).fwd(x, *args, True)
+    loss, _ = _run_fused(x, *args, True)
     torch.autograd.graph.increment_version(x)  # as in _bwd_inplace
     return loss
 
@@ -484,20 +496,24 @@ def cross_entropy_with_gradient(
         logits.backward(dlogits)
 
     The CUDA kernel reads the logits once for both, where a row fits into shared memory, instead of
-    once in each pass; other backends run their two passes.
+    once in each pass. Other backends run their two passes, also Triton's, which `auto` takes on a
+    GPU.
 
     Args:
         logits: as in `cross_entropy`, and so are target to softcap.
-        dloss: what comes from behind the loss: a number, or a tensor of its shape.
+        dloss: what comes from behind the loss: a tensor of its shape; or a number or scalar tensor,
+            which with "none" counts for every row.
         inplace: whether to overwrite the logits, which must be contiguous, with the gradient.
 
     Returns:
         The loss, as `cross_entropy` returns it, and the gradient in the logits' shape and dtype.
 
     Raises:
-        RuntimeError: logits that require grad, where it is enabled: the results have no graph.
-            `inplace` for logits that are not contiguous.
-        TypeError, ValueError, IndexError: as `cross_entropy` does.
+        TypeError: as in `cross_entropy`.
+        ValueError: as there, or dloss of another shape.
+        IndexError: as there; nothing is overwritten then.
+        RuntimeError: tensors on different devices; logits or dloss that require grad, where it is
+            enabled, since the results have no graph; `inplace` for logits that are not contiguous.
 
     Source: the "fused classifier" of Karpathy's llm.c, 2024.
     """
@@ -505,15 +521,17 @@ def cross_entropy_with_gradient(
     check_floating(op, "logits", logits)
     if logits.dim() == 0:
         raise ValueError(f"{op}: logits must be (..., V), got a scalar")
-    if logits.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: logits must not require grad, got some that do: detach() them")
+    for name, given in (("logits", logits), ("dloss", dloss)):
+        if isinstance(given, torch.Tensor) and given.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{op}: {name} must not require grad: pass {name}.detach()")
     if inplace and not logits.is_contiguous():
         raise RuntimeError(
             f"{op}: with inplace the logits must be contiguous, got strides {logits.stride()}"
         )
     V = logits.shape[-1]
-    given = op, logits, V, target, weight, reduction, label_smoothing, z_loss, softcap
-    weight = checked_loss_arguments(*given)
+    weight = checked_loss_arguments(
+        op, logits, V, target, weight, reduction, label_smoothing, z_loss, softcap
+    )
     rows = target.reshape(-1)
     if isinstance(dloss, torch.Tensor):
         check_device(op, logits.device, dloss=dloss)
