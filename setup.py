@@ -81,6 +81,7 @@ class NinjaBuild(build_ext):
         # show in the commands: then ninja rebuilds only what changed, in editable installs too.
         build = ROOT / f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        build = build.resolve()  # of a link: paths relative to it are the system's to follow
         headers = build / f"pybind11-{pybind11.__version__}"
         headers.unlink(missing_ok=True)
         headers.symlink_to(pybind11.get_include())
