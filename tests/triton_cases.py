@@ -18,6 +18,7 @@ from test_cross_entropy import (  # noqa: F401
     test_targets_out_of_range_make_nan,
 )
 from test_edges import (  # noqa: F401
+    KEEP_ONE,
     test_dropout_that_keeps_one_element,
     test_dropout_that_keeps_one_score,
 )
@@ -251,6 +252,20 @@ def test_packed_projections_far_apart(far_apart):
             return y, *torch.autograd.grad(y, qkv, dy)
 
     agree(run("triton", qkv, dy), run("torch", qkv.detach().contiguous(), dy.contiguous()))
+
+
+def test_packed_attention_refuses_a_factor_that_fp16_has_not():
+    """As `attention` does, see `test_dropout_that_keeps_one_score`."""
+    tokens = torch.randn(5, 2, 16).half()
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    for call in (
+        lambda p: gptfast.attention_qkv(tokens.view(1, 5, 32).repeat(1, 1, 3), 2, dropout_p=p),
+        lambda p: gptfast.attention_varlen(*[tokens] * 3, ends, ends, 5, 5, dropout_p=p),
+    ):
+        with gptfast.use_backend("triton"):
+            call(0.5)
+            with pytest.raises(backend.RefusedError, match="float16 has no factor for a dropout_p"):
+                call(KEEP_ONE)
 
 
 @pytest.mark.parametrize("table", [None, [[2], [0], [1]]])
