@@ -133,7 +133,7 @@ def test_a_cuda_graph_of_optimizer_steps(name):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             ours.step()
-        # Eight other tables, in what memory there is, and none on this stream for these parameters.
+        # Eleven other tables, in what memory there is; none on this stream for these parameters.
         for count in range(1, 12):
             others = [torch.nn.Parameter(torch.randn(100, device="cuda")) for _ in range(count)]
             for p in others:

@@ -11,8 +11,8 @@ struct ColumnSums {
 };
 
 // Sum blockIdx.y, 32 columns a block: sum_p partial[p][blockIdx.y][c], partial (programs, sums, N).
-// Warp i of the block, which has as many as there are programs and at most kMostWarps, adds the
-// programs i, i + kMostWarps, ...; then the warps' sums are added in turn.
+// A block has a warp for each program, but at most kMostWarps. Warp i adds the programs i, i + warps,
+// ...; then the warps' sums are added in turn.
 template <int kMostWarps>
 __global__ void __launch_bounds__(32 * kMostWarps)
     column_sums_kernel(const float* __restrict__ partial, ColumnSums out, int64_t programs,

@@ -36,9 +36,9 @@ __device__ __forceinline__ void for_each_pack(int64_t N, const Body& body) {
   }
 }
 
-// This thread's packs of one row: read(column) once, then kept. cache: shared memory for N elements,
-// or null where there is no room (or no need, as the one pack is in registers); the row is then found
-// in global memory, at `again`.
+// This thread's packs of one row: read(column) once, then kept, a single one in registers, several
+// (kWide) in `cache`: shared memory for N elements, or null where there is no room. Then they are read
+// from global memory, at `again`.
 template <class T, int kWidth, bool kWide>
 struct Row {
   const T* source;

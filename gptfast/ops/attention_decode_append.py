@@ -209,7 +209,7 @@ def attention_decode_append(
             differentiation, or a cache that requires gradients, since this is for inference.
 
     Limits:
-        As `attention_decode`.
+        As `attention_decode` and `kv_cache_append`.
 
     Source: as `attention_decode` and `rope`.
     """

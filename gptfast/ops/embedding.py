@@ -154,7 +154,8 @@ def embedding(
 
     Limits:
         The weight's gradient is dense, (V, C). It is summed without atomics, in the same order
-        every time, for which the tokens are sorted.
+        every time, for which the tokens are sorted. On a CPU a weight that is not contiguous, such
+        as a slice of wider rows, is copied whole in forward.
     """
     check_floating("embedding", "weight", weight)
     if not isinstance(idx, torch.Tensor):

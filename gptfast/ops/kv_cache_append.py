@@ -143,7 +143,8 @@ def kv_cache_append(
         RuntimeError: tensors on different devices; a cache that requires gradients.
 
     Limits:
-        For inference: no gradient flows through a cache, k and v get none.
+        For inference: no gradient flows through a cache, k and v get none. They must not share
+        memory with the caches: to copy tokens within a cache, clone them first.
     """
     op = "kv_cache_append"
     check_caches(op, k, "k", k_cache, v_cache, cache_seqlens, block_table)
