@@ -8,8 +8,9 @@
 Contenders take turns, on the same weights in the same memory: where a copy happens to lie changes
 the time of a model this small. Rows are written when a family is done, and `--resume` goes on
 behind the last one. Before anything is timed, logits, loss and gradients of the patched model are
-held against the unpatched one's, both against fp64: no figure is given for a model that computes
-something else.
+held against the unpatched one's, both against fp64, in the mode that the model is made in and
+uncompiled: no figure is given for a model that computes something else there. What `torch.compile`
+makes of the two, and generated text, are not compared here; tests do that, on smaller models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -147,6 +149,7 @@ class Row:
     replaced: int
     unpatched: float
     patched: float
+    torch_version: str
 
     @property
     def ratio(self) -> float:
@@ -160,14 +163,17 @@ def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
     results = []
     for m in (patched, model, copy.deepcopy(model).double()):
         loss = family.loss(m, batch)
-        parameters = [p for p in m.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        parameters = {n: p for n, p in m.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             logits = family.logits(m, batch)
-        results.append([logits, loss, *(g for g in gradients if g is not None)])
-    names = ["logits", "loss", *(f"gradient {i}" for i in range(len(results[0])))]
-    for name, *values in zip(names, *results, strict=False):
-        assert_close_in_norm(name, *values)
+        results.append([logits, loss, *gradients])
+        names = ["logits", "loss", *(f"gradient of {name}" for name in parameters)]
+    for name, *values in zip(names, *results, strict=True):
+        there = [x is not None for x in values]
+        assert len(set(there)) == 1, f"{name}: expected from all or none, got it from {there}"
+        if all(there):
+            assert_close_in_norm(name, *values)
 
 
 def training_step(family: Family, model: nn.Module, forward: Any) -> Callable[[], object]:
@@ -255,9 +261,19 @@ def run_family(
                 seconds_per_turn=seconds,
                 on_turn=lambda task=task: bar.advance(task),  # type: ignore[misc]
             )
-            threads = torch.get_num_threads()
-            figures = (times["unpatched"].median, times["patched"].median)
-            rows.append(Row(name, work, dtype, compiled, threads, len(report.replaced), *figures))
+            rows.append(
+                Row(
+                    family=name,
+                    work=work,
+                    dtype=dtype,
+                    compiled=compiled,
+                    threads=torch.get_num_threads(),
+                    replaced=len(report.replaced),
+                    unpatched=times["unpatched"].median,
+                    patched=times["patched"].median,
+                    torch_version=str(torch.__version__),
+                )
+            )
     return rows
 
 
@@ -446,7 +462,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def write(file: Path, rows: list[Any]) -> None:
     """Put rows into a JSON file, in place of those of the same work that are there."""
     fresh = [asdict(row) for row in rows]
-    figures = ("unpatched", "patched", "replaced", "threads")
+    figures = ("unpatched", "patched", "replaced", "threads", "torch_version")
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(value for name, value in row.items() if name not in figures)
@@ -455,7 +471,9 @@ def write(file: Path, rows: list[Any]) -> None:
     replaced = {key(row) for row in fresh}
     kept = [row for row in kept if key(row) not in replaced]
     lines = ",\n".join(json.dumps(row) for row in [*kept, *fresh])
-    file.write_text(f"[\n{lines}\n]\n")
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(f"[\n{lines}\n]\n")
+    os.replace(unfinished, file)  # whoever stops this finds the rows of before, or all
 
 
 def main(
@@ -512,6 +530,12 @@ def main(
     if resume and (json_file is None or modules):
         raise SystemExit("--resume: expected --json FILE, and no --modules")
     there = [Row(**row) for row in read(json_file)] if resume and json_file else []
+    others = {row.torch_version for row in there} - {str(torch.__version__)}
+    if others:
+        raise SystemExit(
+            f"--resume: expected rows of torch {torch.__version__} in {json_file}, "
+            f"got some of {', '.join(sorted(others))}"
+        )
     done = {(row.family, row.work, row.dtype, row.compiled) for row in there}
     rows: list[Any] = []
     start = time.monotonic()

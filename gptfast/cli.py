@@ -287,8 +287,9 @@ class Inspect:
             inspect.print_parameters(loaded.model.config, str(loaded.path), console)
         if self.text is not None:
             chosen = None if self.layer is None or self.head is None else (self.layer, self.head)
+            name = _name(str(self.checkpoint), loaded.path)
             for path in inspect.draw(
-                loaded.model, loaded.tokenizer, self.text, self.out, _name(loaded.path), chosen
+                loaded.model, loaded.tokenizer, self.text, self.out, name, chosen
             ):
                 print(path)
         if self.neighbours or self.analogy is not None:
@@ -369,9 +370,9 @@ def _load(source: str, device: torch.device) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(folder, 0, None, model, tokenizer)
 
 
-def _name(path: Path) -> str:
-    """A checkpoint's name over a picture: the run and its step."""
-    return "/".join(path.resolve().parts[-2:])
+def _name(source: str, path: Path) -> str:
+    """A checkpoint's name over a picture: Hugging Face's, or the run and its step."""
+    return source if source.startswith("hf:") else "/".join(path.resolve().parts[-2:])
 
 
 def _hf_folder(source: str) -> Path | None:

@@ -203,6 +203,60 @@ def test_logits_are_made_in_the_autocast_of_the_forward():
     assert out.logits.dtype == torch.bfloat16
 
 
+def test_logits_have_the_grad_mode_of_the_forward():
+    model, batch = new_model("llama"), new_batch("llama")
+    ours = copy.deepcopy(model)
+    gptfast.patch(ours, ops="linear_cross_entropy")
+    gradients = []
+    for m in (ours, model):
+        out = m(**batch)
+        with torch.no_grad():
+            out.logits.argmax(-1)
+        (out.loss + out.logits.square().mean()).backward()
+        gradients.append([p.grad for p in m.parameters()])
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        out = ours(**batch)
+    assert not out.logits.requires_grad
+    with torch.inference_mode():
+        out = ours(**batch)
+    assert out.logits.is_inference()
+    out = ours(**batch)
+    with torch.inference_mode():
+        assert not out.logits.is_inference()
+    with torch.inference_mode():
+        loaded = copy.deepcopy(ours).requires_grad_(False)
+    out = loaded(**batch)
+    torch.testing.assert_close(out.logits, model(**batch).logits.detach())
+
+
+@pytest.mark.parametrize("write", ["parameter", "data"])
+def test_logits_of_weights_that_were_replaced_are_refused(write):
+    model, batch = patched(new_model("llama")), new_batch("llama")
+    out = model(**batch)
+    if write == "parameter":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    else:
+        model.lm_head.weight.data = model.lm_head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="before the head's weights are written to"):
+        _ = out.logits
+    assert repr(out).startswith("CausalLMOutputWithPast(loss=")
+
+
+def test_logits_as_any_other_value_of_the_output():
+    model, batch = patched(new_model("gpt2")), new_batch("gpt2")
+    out = model(**batch)
+    assert "logits" not in repr(out)
+    assert out.get("nothing", 3) == 3
+    assert out.get("loss") is out.loss
+    assert out.get("logits") is out["logits"] is out.logits
+    assert "logits=tensor" in repr(out)
+    out, given = model(**batch), torch.zeros(3)
+    out.logits = given
+    assert out[1] is out.logits is given
+    assert list(out)[:2] == ["loss", "logits"]
+
+
 def test_a_patched_head_keeps_the_signature():
     model = new_model("gpt2")
     original = inspect.signature(model.forward)

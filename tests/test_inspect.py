@@ -14,8 +14,9 @@ import pytest
 import torch
 from test_variants import DECODERS, ENCODERS, memory_for, new_model, tokens
 
-from gptfast import checkpoint, inspect
+from gptfast import checkpoint, cli, inspect
 from gptfast.cli import main
+from gptfast.inspect import plot
 from gptfast.integrations.huggingface import save_gpt2
 from gptfast.models import GPT, GPTConfig
 from gptfast.plan import forward_flops_per_token
@@ -206,6 +207,24 @@ def test_the_page_holds_everything_and_loads_nothing(model, tmp_path):
     # The script finds the elements that it looks for.
     wanted = {part.split('"')[1] for part in source.split("byId(")[1:] if part.startswith('"')}
     assert wanted <= page.ids
+
+
+def test_bold_is_the_next_token_not_one_that_looks_like_it(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    figures = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: figures.append(figure) or path)
+    likeliest = torch.tensor([[[11], [9], [9]]])
+    lens = inspect.Lens(likeliest, torch.full((1, 3, 1), 0.5))
+    piece = "\ufffd"  # what a part of a letter is decoded to
+    idx = torch.tensor([10, 11, 12])
+    plot.plot_lens(lens, idx, [[piece] * 3], [piece] * 3, tmp_path / "lens.png")
+    weights = [text.get_fontweight() for text in figures[0].axes[0].texts]
+    assert weights == ["bold", "normal", "normal"]
+
+
+def test_names_over_pictures(tmp_path):
+    assert cli._name("hf:gpt2", tmp_path / "snapshots" / "0123") == "hf:gpt2"
+    assert cli._name("run", tmp_path / "run" / "step_1") == "run/step_1"
 
 
 def test_command(model, tmp_path, capsys, monkeypatch):

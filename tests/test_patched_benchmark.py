@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def test_a_model_that_computes_something_else_is_not_timed(small):
         patched.check(small, model, other)
 
 
+def test_a_model_that_loses_a_gradient_is_not_timed(small):
+    model, other = small.make(), small.make()
+    embed = other.wpe.forward
+    other.wpe.forward = lambda idx: embed(idx).detach()
+    with pytest.raises(AssertionError, match=r"gradient of wpe\.weight: expected"):
+        patched.check(small, model, other)
+
+
 def test_what_is_there_is_not_timed_again(small, tmp_path, capsys):
     file = tmp_path / "rows.json"
     given = {"only": "small", "dtype": "both", "compile": "no", "rounds": 1, "seconds": 0.0}
@@ -55,6 +64,7 @@ def test_what_is_there_is_not_timed_again(small, tmp_path, capsys):
     patched.write(file, [replace(patched.Row(**rows[0]), unpatched=7.0)])
     patched.main(**given, json_file=file, resume=True)
     assert json.loads(file.read_text())[-1]["unpatched"] == 7.0
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     doc = tmp_path / "doc.md"
     doc.write_text("before\n<!-- rows.json -->\nold\n<!-- end of rows.json -->\nafter\n")
     patched.main(show=file, into=doc)
@@ -63,6 +73,22 @@ def test_what_is_there_is_not_timed_again(small, tmp_path, capsys):
     assert doc.read_text() == before + table + after
     with pytest.raises(SystemExit, match="expected the marks"):
         patched.main(show=file, into=file)
+    patched.write(file, [replace(patched.Row(**rows[0]), torch_version="2.0.0")])
+    with pytest.raises(SystemExit, match=r"got some of 2\.0\.0"):
+        patched.main(**given, json_file=file, resume=True)
+
+
+def test_the_documented_table_is_that_of_the_rows(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs/patching.md").read_text()
+    file = root / "benchmarks/results/patched.json"
+    doc = tmp_path / "patching.md"
+    doc.write_text(text)
+    if file.exists():
+        patched.main(show=file, into=doc)
+        assert doc.read_text() == text
+    else:
+        assert "<!-- patched.json -->\n<!-- end of patched.json -->\n" in text
 
 
 def test_both_contenders_lie_in_the_same_memory(small):

@@ -225,6 +225,27 @@ def test_what_was_measured_to_be_slower_is_left_alone():
     assert reasons(report) == {"": "not measured on cpu in float16"}
 
 
+def test_a_size_that_decides_nothing_is_no_guard():
+    model = nn.Sequential(nn.LayerNorm(64), nn.GELU("tanh"), nn.RMSNorm(64))
+    x = torch.randn(7, 64)
+    expected = model(x)
+    assert len(gptfast.patch(model).replaced) == 3
+    # On either side of the elements from which each of them is used.
+    rows = torch.export.Dim("T", min=1, max=65_536)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    torch.testing.assert_close(exported.module()(x), expected)
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=look, fullgraph=True, dynamic=True)
+    for T in (7, 300, 20_000):
+        compiled(torch.randn(T, 64))
+    assert len(graphs) == 1
+
+
 # ---- The registry --------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ def draw(
         plot_maps(maps, folder / "attention.png", over),
         plot_lens(
             type(lens)(lens.tokens[:, shown], lens.p[:, shown]),
+            idx[0, shown].cpu(),
             likeliest,
             tokens[shown],
             folder / "lens.png",

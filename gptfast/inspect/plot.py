@@ -85,6 +85,7 @@ def plot_head(
 
 def plot_lens(
     lens: Lens,
+    idx: torch.Tensor,
     texts: Sequence[Sequence[str]],
     tokens: Sequence[str],
     path: str | os.PathLike[str],
@@ -96,8 +97,9 @@ def plot_lens(
 
     Args:
         lens: from `logit_lens`.
+        idx: (T,), what the model read.
         texts: (n_layer + 1, T), of lens.tokens[..., 0].
-        tokens: T texts, what the model read.
+        tokens: T texts, of idx.
         path, title: as in `plot_maps`.
 
     Raises:
@@ -114,7 +116,8 @@ def plot_lens(
     for layer in range(L):
         for t in range(T):
             colour = "white" if p[layer, t] > 0.5 else "black"
-            right = t + 1 < T and texts[layer][t] == tokens[t + 1]
+            # Not by the texts: pieces of a letter look alike.
+            right = t + 1 < T and bool(lens.tokens[layer, t, 0] == idx[t + 1])
             axis.text(
                 t,
                 layer,
@@ -163,5 +166,5 @@ def _matplotlib() -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")  # a title may be wider
     return path

@@ -260,32 +260,50 @@ def _fused(model: Any, given: dict[str, Any]) -> Any:
 
 
 class _Logits:
-    """Makes the logits that were not stored, if somebody reads them after all."""
+    """Makes the logits that were not stored, if somebody reads them after all.
+
+    They are those of the forward: with its autocast and its grad mode, whoever reads them first.
+    """
 
     def __init__(self, model: Any, head: Any, hidden: torch.Tensor) -> None:
         self.head, self.hidden = head, hidden
+        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         device = hidden.device.type
         self.autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        self.versions = self._versions()
+        self.weights = (head.weight, head.bias)  # kept, so that no other one gets their id
+        self.state = self._state()
 
-    def _versions(self) -> list[int]:
-        return [p._version for p in (self.head.weight, self.head.bias) if p is not None]
+    def _state(self) -> list[tuple[int, ...]]:
+        """What a write to the head's weights changes, unless it is in place and through `.data`."""
+        weights = (p for p in (self.head.weight, self.head.bias) if p is not None)
+        return [(id(p), _address(p), 0 if p.is_inference() else p._version) for p in weights]
 
     def __call__(self) -> torch.Tensor:
-        if self._versions() != self.versions:
+        if self._state() != self.state:
             raise RuntimeError(
                 "logits: expected to be read before the head's weights are written to, since in "
                 "training they are computed when they are read; got new weights. Read them before "
                 "the optimiser's step, or patch without linear_cross_entropy"
             )
-        with self.autocast:
+        with (
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.grad),
+            self.autocast,
+        ):
             logits: torch.Tensor = self.head(self.hidden)
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+def _address(x: torch.Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # a tensor of torch.func, which has no memory of its own
+        return 0
 
 
 class LogitsWhenRead:
@@ -315,19 +333,27 @@ class LogitsWhenRead:
                     "them"
                 )
             self["logits"] = self._read()
-            for name in list(self.keys()):  # the loss, logits, and the rest
-                if name not in ("loss", "logits"):
-                    self.move_to_end(name)
         return self._logits
 
     @logits.setter
     def logits(self, value: torch.Tensor | None) -> None:
         self.__dict__["_logits"] = value
+        for name in list(self.keys()):  # the loss, logits, and the rest
+            if name not in ("loss", "logits"):
+                self.move_to_end(name)
 
     def __getitem__(self, key: Any) -> Any:
         if key == 0:
             return self.loss
         return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As `self[key]`, but `default` where there is no such key."""
+        return self.logits if key == "logits" else super().get(key, default)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.items())
+        return f"{self._kind.__name__}({values})"
 
     def to_tuple(self) -> Any:
         """The values, logits among them."""

@@ -129,9 +129,12 @@ def _unless_small(mixin: type[Patched], base: type[nn.Module], least: int) -> Ca
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, torch.Tensor) and x.numel() < least and not torch.compiler.is_compiling():
-            return base.forward(self, *args, **kwargs)
-        return mixin.forward(self, *args, **kwargs)
+        large = (
+            torch.compiler.is_compiling()  # first: else the size is compared all the same
+            or not isinstance(x, torch.Tensor)
+            or x.numel() >= least
+        )
+        return (mixin if large else base).forward(self, *args, **kwargs)
 
     return forward
 

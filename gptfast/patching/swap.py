@@ -33,7 +33,7 @@ def patch(model: nn.Module, ops: str | Sequence[str] = "all", dry_run: bool = Fa
     Args:
         model: changed in place.
         ops: which of `gptfast.patching.OPS` to use, also where they are slower; "all": each where
-            it was measured not to slow a model down (`gptfast/patching/speed.py`).
+            it was measured to be as fast or faster (`gptfast/patching/speed.py`).
         dry_run: report what would be done, and do nothing.
 
     Returns:
