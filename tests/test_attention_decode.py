@@ -251,7 +251,8 @@ def test_a_target_is_assumed_without_a_gpu():
 @pytest.mark.parametrize("left", [100, 2**31 - 1, 2**63 - 1])
 def test_a_window_wider_than_every_cache(place, left):
     """With fewer tokens in the cache than queries, where the sum of positions is negative."""
-    q, k, v = (torch.randn(s, device=place.device) for s in ((1, 2, 4, 16), *((1, 8, 2, 16),) * 2))
+    options = {"device": place.device, "dtype": torch.bfloat16}  # `cuda` takes no float32
+    q, k, v = (torch.randn(s, **options) for s in ((1, 2, 4, 16), *((1, 8, 2, 16),) * 2))
     length = torch.tensor([2], dtype=torch.int32, device=place.device)
     with gptfast.use_backend(place.backend):
         full = gptfast.attention_decode(q, k, v, length)
