@@ -7,7 +7,8 @@
 
 Contenders take turns, on the same weights in the same memory: where a copy happens to lie changes
 the time of a model this small. Rows are written when a family is done, and `--resume` goes on
-behind the last one. Before anything is timed, logits, loss and gradients of the patched model are
+behind the last one. A family that fails is shown as failed, the others are timed all the same, and
+the exit status is 1. Before anything is timed, logits, loss and gradients of the patched model are
 held against the unpatched one's, both against fp64, in the mode that the model is made in and
 uncompiled: no figure is given for a model that computes something else there. What `torch.compile`
 makes of the two, and generated text, are not compared here; tests do that, on smaller models.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -35,7 +37,7 @@ import gptfast
 from benchmarks.plain_models import PLAIN, Sizes
 from benchmarks.timing import Timing, interleave
 from gptfast.patching import OPS, Report
-from gptfast.testing import assert_close_in_norm
+from gptfast.testing import assert_close_in_norm, unit_roundoff
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,6 +50,7 @@ class Family:
         make: the model; the same weights at every call.
         batch: what `loss` takes.
         logits, loss: of a model, or of a compiled one, for a batch.
+        losses: of each target, from the logits for a batch; `loss` is their mean.
         generate: as many new tokens as the family is timed with, greedily, or None.
         patch: patches a model; by default `gptfast.patch` alone.
     """
@@ -56,6 +59,7 @@ class Family:
     batch: Callable[[], Any]
     logits: Callable[[Any, Any], torch.Tensor]
     loss: Callable[[Any, Any], torch.Tensor]
+    losses: Callable[[torch.Tensor, Any], torch.Tensor]
     generate: Callable[[Any, Any], torch.Tensor] | None
     patch: Callable[[nn.Module], Report] = gptfast.patch
 
@@ -64,6 +68,12 @@ class Family:
 SIZES = Sizes(vocab_size=2048, block_size=128, n_layer=2, n_head=4, n_embd=256)
 BATCH_SIZE = 8
 NEW_TOKENS = 16
+
+
+def loss_of_each(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """In float64, so that what errors it has are those of the logits."""
+    logits = logits.double().flatten(0, -2)
+    return nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
 
 
 def plain_family(kind: Callable[[Sizes], nn.Module]) -> Family:
@@ -90,6 +100,7 @@ def plain_family(kind: Callable[[Sizes], nn.Module]) -> Family:
         batch,
         logits=lambda model, batch: model(batch[0])[0],
         loss=lambda model, batch: model(*batch)[1],
+        losses=lambda logits, batch: loss_of_each(logits, batch[1]),
         generate=generate,
     )
 
@@ -110,6 +121,12 @@ def huggingface_family(name: str) -> Family:
     def logits(model: Any, batch: Any) -> torch.Tensor:
         return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
+    def losses(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        labels = batch["labels"]
+        if name in ("bert", "vit"):
+            return loss_of_each(logits, labels)
+        return loss_of_each(logits[:, :-1], labels[:, 1:])  # the next token's
+
     def generate(model: Any, batch: Any) -> torch.Tensor:
         return model.generate(
             batch["input_ids"][:, :32],
@@ -124,6 +141,7 @@ def huggingface_family(name: str) -> Family:
         batch,
         logits=logits,
         loss=lambda model, batch: model(**batch).loss,
+        losses=losses,
         generate=None if name in ("bert", "vit") else generate,
     )
 
@@ -150,11 +168,12 @@ class Row:
     unpatched: float
     patched: float
     torch_version: str
+    failed: str = ""  # what went wrong: then there are no seconds
 
     @property
     def ratio(self) -> float:
         """How many times faster the patched model is."""
-        return self.unpatched / self.patched
+        return math.nan if self.failed else self.unpatched / self.patched
 
 
 def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
@@ -167,13 +186,22 @@ def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         with torch.no_grad():
             logits = family.logits(m, batch)
-        results.append([logits, loss, *gradients])
-        names = ["logits", "loss", *(f"gradient of {name}" for name in parameters)]
-    for name, *values in zip(names, *results, strict=True):
+        results.append([loss, logits, *gradients])
+        names = ["logits", *(f"gradient of {name}" for name in parameters)]
+    (loss, *ours), (_, *peers), (_, *exacts) = results
+    for name, *values in zip(names, ours, peers, exacts, strict=True):
         there = [x is not None for x in values]
         assert len(set(there)) == 1, f"{name}: expected from all or none, got it from {there}"
         if all(there):
             assert_close_in_norm(name, *values)
+    # One number may be exact by luck in the unpatched model. It is the mean of n losses, whose
+    # errors e are not, and the rule of `assert_close_in_norm` for those bounds the mean as well:
+    # |mean(e)| <= |e| / sqrt(n), the root mean square.
+    losses, exact = family.losses(peers[0], batch), family.losses(exacts[0], batch)
+    allowed = 3 * (losses - exact).norm() + 4 * unit_roundoff(loss.dtype) * exact.norm()
+    allowed /= exact.numel() ** 0.5
+    error = abs(loss.detach().double() - exact.mean())
+    assert error <= allowed, f"loss: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def training_step(family: Family, model: nn.Module, forward: Any) -> Callable[[], object]:
@@ -275,6 +303,25 @@ def run_family(
                 )
             )
     return rows
+
+
+def failed_family(name: str, dtype: str, compiled: bool, error: Exception) -> list[Row]:
+    """The rows of a family that could not be timed."""
+    return [
+        Row(
+            family=name,
+            work=work,
+            dtype=dtype,
+            compiled=compiled,
+            threads=torch.get_num_threads(),
+            replaced=0,
+            unpatched=0.0,
+            patched=0.0,
+            torch_version=str(torch.__version__),
+            failed=f"{type(error).__name__}: {error}",
+        )
+        for work in works_of(name, compiled)
+    ]
 
 
 # ---- Single modules ------------------------------------------------------------------------------
@@ -413,13 +460,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for (family, dtype, work), by_mode in lines.items():
         cells = [family, dtype, work, str(next(iter(by_mode.values())).replaced)]
         for mode in (False, True):
-            if mode in by_mode:
-                row = by_mode[mode]
-                ratio = f"{row.ratio:.2f}"
-                ratio = f"**{ratio}**" if row.ratio < 0.97 else ratio
-                cells += [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
-            else:
+            if mode not in by_mode:
                 cells += ["", "", ""]
+                continue
+            row = by_mode[mode]
+            ratio = f"{row.ratio:.2f}"
+            ratio = f"**{ratio}**" if row.ratio < 0.97 else ratio
+            seconds = [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
+            cells += ["failed", "", ""] if row.failed else seconds
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
@@ -462,7 +510,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def write(file: Path, rows: list[Any]) -> None:
     """Put rows into a JSON file, in place of those of the same work that are there."""
     fresh = [asdict(row) for row in rows]
-    figures = ("unpatched", "patched", "replaced", "threads", "torch_version")
+    figures = ("unpatched", "patched", "replaced", "threads", "torch_version", "failed")
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(value for name, value in row.items() if name not in figures)
@@ -536,7 +584,7 @@ def main(
             f"--resume: expected rows of torch {torch.__version__} in {json_file}, "
             f"got some of {', '.join(sorted(others))}"
         )
-    done = {(row.family, row.work, row.dtype, row.compiled) for row in there}
+    done = {(row.family, row.work, row.dtype, row.compiled) for row in there if not row.failed}
     rows: list[Any] = []
     start = time.monotonic()
     for compiled, kind, name in itertools.product(modes, dtypes, known):
@@ -545,14 +593,25 @@ def main(
         elif {(name, work, kind, compiled) for work in works_of(name, compiled)} <= done:
             continue
         else:
-            fresh = list(run_family(name, kind, compiled, rounds, seconds, console, force))
+            try:
+                fresh = list(run_family(name, kind, compiled, rounds, seconds, console, force))
+            except Exception as error:  # the other families are timed all the same
+                fresh = list(failed_family(name, kind, compiled, error))
         rows += fresh
         if json_file is not None:
             write(json_file, fresh)
         mode = "compiled" if compiled else "eager"
-        ratios = ", ".join(f"{row.work} {row.ratio:.2f}" for row in fresh)
-        console.print(f"{time.monotonic() - start:5.0f} s  {name}, {kind}, {mode}: {ratios}")
+        results = [f"{row.work} {row.ratio:.2f}" for row in fresh]
+        if not modules and fresh[0].failed:
+            results = [f"failed, {fresh[0].failed}"]
+        console.print(
+            f"{time.monotonic() - start:5.0f} s  {name}, {kind}, {mode}: {', '.join(results)}",
+            markup=False,
+            highlight=False,
+        )
     print(to_markdown([asdict(row) for row in rows]))
+    if any(getattr(row, "failed", "") for row in rows):
+        raise SystemExit("Some families failed: no figure is given for them.")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,32 @@ def test_a_model_that_loses_a_gradient_is_not_timed(small):
         patched.check(small, model, other)
 
 
+def test_a_model_with_another_loss_is_not_timed(small):
+    model, other = small.make(), small.make()
+    forward = other.forward
+    other.forward = lambda idx, targets=None: (
+        (logits := forward(idx, targets))[0],
+        None if targets is None else logits[1] + 1e-4,
+    )
+    with pytest.raises(AssertionError, match=r"loss: error 0\.0001"):
+        patched.check(small, model, other)
+
+
+def test_a_family_that_fails_does_not_end_the_run(small, tmp_path, monkeypatch):
+    broken = replace(small, patch=lambda model: 1 / 0)
+    monkeypatch.setattr(patched, "FAMILIES", {"broken": broken, "small": small})
+    file = tmp_path / "rows.json"
+    given = {"dtype": "float32", "compile": "no", "rounds": 1, "seconds": 0.0, "json_file": file}
+    with pytest.raises(SystemExit, match="Some families failed"):
+        patched.main(**given)
+    rows = json.loads(file.read_text())
+    assert [row["failed"] for row in rows] == ["ZeroDivisionError: division by zero"] * 3 + [""] * 3
+    assert "| broken | float32 | forward | 0 | failed |" in patched.markdown(rows)
+    monkeypatch.setattr(patched, "FAMILIES", {"broken": small, "small": small})
+    patched.main(**given, resume=True)
+    assert not any(row["failed"] for row in json.loads(file.read_text()))
+
+
 def test_what_is_there_is_not_timed_again(small, tmp_path, capsys):
     file = tmp_path / "rows.json"
     given = {"only": "small", "dtype": "both", "compile": "no", "rounds": 1, "seconds": 0.0}
