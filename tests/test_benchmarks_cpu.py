@@ -66,7 +66,7 @@ def test_probes_count_what_they_compute(isa):
 def test_rows_of_a_work():
     rows = []
     work = Work("small", "gelu", "64x48", small_gelu)
-    worker.time_work(work, torch.float32, False, True, rows.append)
+    worker.time_work(work, torch.float32, False, True, True, rows.append)
     assert [(r.passes, r.contender) for r in rows] == [
         (passes, contender) for passes in ("fwd", "bwd") for contender in (OURS, EAGER)
     ]
@@ -86,7 +86,7 @@ def test_nothing_is_timed_when_the_values_are_wrong(dtype):
 
     work = Work("small", "gelu", "64x48", lambda d, c: small_gelu(d, c, wrong))
     with pytest.raises(AssertionError, match=r"result 0 differs by 5.* in norm"):
-        worker.time_work(work, dtype, False, True, lambda row: pytest.fail("a row"))
+        worker.time_work(work, dtype, False, True, True, lambda row: pytest.fail("a row"))
 
 
 def test_file_keeps_one_row_of_each_key(tmp_path):

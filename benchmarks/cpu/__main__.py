@@ -97,14 +97,17 @@ def main(
     options += [] if compile else ["--no-compile"]
     options += ["--quick"] if quick else []
     rows: list[Row] = []
-    refused: list[str] = []
+    refused: set[tuple[str, str]] = set()
     start = time.monotonic()
     for n in threads or sorted({1, torch.get_num_threads()}):
-        for allocator in allocators or (FOUND, WARM):
-            for line in results(options, n, allocator):
+        for i, allocator in enumerate(allocators or (FOUND, WARM)):
+            check = [] if i == 0 else ["--no-check"]  # an allocator changes no result
+            for line in results(options + check, n, allocator):
+                work = (line["op"], line["dtype"])
                 if "refused" in line:
-                    refused.append(line["refused"])
-                    console.print(f"[red]not timed: {line['refused']}")
+                    refused.add(work)
+                    console.print(f"[red]not timed: {', '.join(work)}: {line['refused']}")
+                if work in refused:
                     continue
                 if allocator == WARM:
                     line["contender"] += WARMED
