@@ -34,6 +34,7 @@ from rich.progress import Progress
 from torch import nn
 
 import gptfast
+from benchmarks.documents import put_between_marks
 from benchmarks.plain_models import PLAIN, Sizes
 from benchmarks.timing import Timing, interleave
 from gptfast.patching import OPS, Report
@@ -489,16 +490,6 @@ def markdown_of_modules(rows: list[dict[str, Any]]) -> str:
         ratios = (f"{line[size]:.2f}" if size in line else "" for size in sizes)
         table.append(f"| {' | '.join((*key, *ratios))} |")
     return "\n".join(table)
-
-
-def put_between_marks(table: str, name: str, doc: Path) -> None:
-    """Replace what stands in a file between `<!-- NAME -->` and `<!-- end of NAME -->`."""
-    text = doc.read_text()
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    if text.count(first) != 1 or text.count(last) != 1:
-        raise SystemExit(f"{doc}: expected the marks {first.strip()} and {last} once each")
-    before, after = text.split(first)[0], text.split(last)[1]
-    doc.write_text(f"{before}{first}{table}\n{last}{after}")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

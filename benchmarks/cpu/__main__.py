@@ -16,8 +16,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.cpu.report import WARMED, Row, table, write
+from benchmarks.cpu.report import WARMED, Row, markdown, read, table, write
 from benchmarks.cpu.works import all_works
+from benchmarks.documents import put_between_marks
 from gptfast import backend
 
 FOUND, WARM = "as found", "warmed"
@@ -80,9 +81,25 @@ def main(
             name="json", help="Also write the rows to this file, over those of the same work."
         ),
     ] = None,
+    show: Annotated[
+        Path | None, tyro.conf.arg(help="Print the rows of a file in Markdown, and time nothing.")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        tyro.conf.arg(help="Put what --show prints between the marks of the file in this one."),
+    ] = None,
 ) -> None:
     """Time gptfast on this CPU against PyTorch, and print ratios and shares of the ceiling."""
-    console = Console(soft_wrap=False)
+    if show is not None:
+        if not show.exists():
+            raise SystemExit(f"--show: there is no file {show}")
+        if into is None:
+            print(markdown(read(show)))
+        else:
+            put_between_marks(markdown(read(show)), show.name, into)
+        return
+    # A file or a pipe has room for the whole table.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     names = list(all_works())
     _check("--only", only, names)
     _check("--dtypes", dtypes, DTYPES)

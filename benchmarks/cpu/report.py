@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,34 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(json.dumps([row.to_json() for row in kept.values()], indent=1) + "\n")
 
 
+COLUMNS = ("work", "dtype", "pass", "threads", "ms", "ratio", "warmed", "ceiling", "warmed", "MB")
+COLUMNS += ("peers' MB",)
+NUMBERS_FROM = COLUMNS.index("threads")
+
+
 def table(rows: Sequence[Row]) -> Table:
     """gptfast's rows: its time, its ratio to the best PyTorch and its share of the ceiling."""
     found = Table(
         title="gptfast on this CPU: time, PyTorch's best over it, and percent of what the machine "
         "can do; with the allocator as found, and warmed"
     )
-    for name in ("work", "dtype", "pass"):
-        found.add_column(name)
-    for name in ("threads", "ms", "ratio", "warmed", "ceiling", "warmed", "MB", "peers' MB"):
-        found.add_column(name, justify="right")
+    for i, name in enumerate(COLUMNS):
+        found.add_column(name, justify="left" if i < NUMBERS_FROM else "right")
+    for cells in _cells(rows):
+        found.add_row(*cells)
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same for a page of the documentation."""
+    rule = "|".join("---" if i < NUMBERS_FROM else "--:" for i in range(len(COLUMNS)))
+    lines = [COLUMNS, *_cells(rows)]
+    head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, f"|{rule}|", *body])
+
+
+def _cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """A line of the table for each row of gptfast with the allocator as found."""
     by_key = {row.key: row for row in rows}
     for row in rows:
         if row.contender != OURS:
@@ -87,7 +105,7 @@ def table(rows: Sequence[Row]) -> Table:
             for r in rows
             if r.key[:-1] == row.key[:-1] and not r.contender.startswith(OURS)
         ]
-        found.add_row(
+        yield (
             row.op,
             row.dtype,
             row.passes,
@@ -100,7 +118,6 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.extra_mb:,.0f}",
             f"{min(peers):,.0f}" if peers else "",
         )
-    return found
 
 
 def _ratio(row: Row | None) -> str:
