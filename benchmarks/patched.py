@@ -19,8 +19,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ from torch import nn
 import gptfast
 from benchmarks.documents import put_between_marks
 from benchmarks.plain_models import PLAIN, Sizes
-from benchmarks.timing import Timing, interleave
+from benchmarks.timing import Timing, interleave, paired_ratio, take_turns
 from gptfast.patching import OPS, Report
 from gptfast.testing import assert_close_in_norm, unit_roundoff
 
@@ -158,7 +158,11 @@ FAMILIES |= {f"transformers {name}": huggingface_family(name) for name in HUGGIN
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: seconds of the unpatched and of the patched model."""
+    """A line of the table: seconds of the unpatched and of the patched model.
+
+    `ratio` says how many times faster the patched model is: the median over the rounds, which lies
+    from `low` to `high` with 95 % confidence; None where the rounds were not kept.
+    """
 
     family: str
     work: str
@@ -168,13 +172,11 @@ class Row:
     replaced: int
     unpatched: float
     patched: float
+    ratio: float
+    low: float | None
+    high: float | None
     torch_version: str
-    failed: str = ""  # what went wrong: then there are no seconds
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster the patched model is."""
-        return math.nan if self.failed else self.unpatched / self.patched
+    failed: str = ""  # what went wrong: then there are no figures
 
 
 def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
@@ -283,13 +285,14 @@ def run_family(
     with Progress(console=console, transient=True) as bar:
         for work in contenders["un"]:
             task = bar.add_task(f"{name}, {work}", total=2 * rounds)
-            times = interleave(
+            times = take_turns(
                 {f"{m}patched": calls[work] for m, calls in contenders.items()},
                 rounds=rounds,
                 warmup=3,
                 seconds_per_turn=seconds,
                 on_turn=lambda task=task: bar.advance(task),  # type: ignore[misc]
             )
+            ratio = paired_ratio(times["unpatched"], times["patched"])
             rows.append(
                 Row(
                     family=name,
@@ -298,8 +301,11 @@ def run_family(
                     compiled=compiled,
                     threads=torch.get_num_threads(),
                     replaced=len(report.replaced),
-                    unpatched=times["unpatched"].median,
-                    patched=times["patched"].median,
+                    unpatched=statistics.median(times["unpatched"]),
+                    patched=statistics.median(times["patched"]),
+                    ratio=ratio.median,
+                    low=ratio.low,
+                    high=ratio.high,
                     torch_version=str(torch.__version__),
                 )
             )
@@ -318,6 +324,9 @@ def failed_family(name: str, dtype: str, compiled: bool, error: Exception) -> li
             replaced=0,
             unpatched=0.0,
             patched=0.0,
+            ratio=0.0,
+            low=0.0,
+            high=0.0,
             torch_version=str(torch.__version__),
             failed=f"{type(error).__name__}: {error}",
         )
@@ -467,6 +476,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row = by_mode[mode]
             ratio = f"{row.ratio:.2f}"
             ratio = f"**{ratio}**" if row.ratio < 0.97 else ratio
+            if row.low is not None:
+                ratio += f" ({row.low:.2f} to {row.high:.2f})"
             seconds = [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
             cells += ["failed", "", ""] if row.failed else seconds
         table.append(f"| {' | '.join(cells)} |")
@@ -501,7 +512,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 def write(file: Path, rows: list[Any]) -> None:
     """Put rows into a JSON file, in place of those of the same work that are there."""
     fresh = [asdict(row) for row in rows]
-    figures = ("unpatched", "patched", "replaced", "threads", "torch_version", "failed")
+    figures = {"unpatched", "patched", "ratio", "low", "high"}
+    figures |= {"replaced", "threads", "torch_version", "failed"}
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(value for name, value in row.items() if name not in figures)
@@ -544,8 +556,8 @@ def main(
         Path | None,
         tyro.conf.arg(help="Put what --show prints between the marks of the file in this one."),
     ] = None,
-    rounds: Annotated[int, tyro.conf.arg(help="Turns each contender gets.")] = 11,
-    seconds: Annotated[float, tyro.conf.arg(help="How long a turn is.")] = 0.1,
+    rounds: Annotated[int, tyro.conf.arg(help="Turns each contender gets.")] = 31,
+    seconds: Annotated[float, tyro.conf.arg(help="How long a turn is.")] = 0.05,
 ) -> None:
     """Time models of others with and without `gptfast.patch`."""
     console = Console()
@@ -575,7 +587,8 @@ def main(
             f"--resume: expected rows of torch {torch.__version__} in {json_file}, "
             f"got some of {', '.join(sorted(others))}"
         )
-    done = {(row.family, row.work, row.dtype, row.compiled) for row in there if not row.failed}
+    finished = (row for row in there if not row.failed and row.low is not None)
+    done = {(row.family, row.work, row.dtype, row.compiled) for row in finished}
     rows: list[Any] = []
     start = time.monotonic()
     for compiled, kind, name in itertools.product(modes, dtypes, known):

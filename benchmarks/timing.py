@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 OURS, EAGER, COMPILED = "gptfast", "torch eager", "torch.compile"  # who is timed
 
@@ -27,7 +29,26 @@ def interleave(
     seconds_per_turn: float,
     on_turn: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every contender `rounds` times in turn, each turn repeating it for `seconds_per_turn`.
+    """Time every contender `rounds` times in turn; see `take_turns`."""
+    samples = take_turns(
+        contenders,
+        rounds=rounds,
+        warmup=warmup,
+        seconds_per_turn=seconds_per_turn,
+        on_turn=on_turn,
+    )
+    return {name: summarise(times) for name, times in samples.items()}
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    seconds_per_turn: float,
+    on_turn: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds per call of every contender in each of `rounds` rounds.
 
     Args:
         contenders: what to call, by name.
@@ -49,7 +70,7 @@ def interleave(
                 calls += 1
             samples[name].append((time.perf_counter() - start) / calls)
             on_turn()
-    return {name: summarise(times) for name, times in samples.items()}
+    return samples
 
 
 def summarise(times: list[float]) -> Timing:
@@ -58,3 +79,25 @@ def summarise(times: list[float]) -> Timing:
         return Timing(times[0], times[0], times[0])
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), p20, p80)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one contender takes as another: median, and where it surely lies."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(times: Sequence[float], others: Sequence[float]) -> Ratio:
+    """times / others, round by round: what slows a machine down slows both of a round.
+
+    From `low` to `high` the median of infinitely many rounds lies with 95 % confidence, whatever
+    the distribution: of n ratios, as many lie below it as heads in n throws of a coin.
+    """
+    ratios = sorted(a / b for a, b in zip(times, others, strict=True))
+    n = len(ratios)
+    at_most = accumulate(math.comb(n, k) / 2**n for k in range(n))  # k heads
+    k = max(sum(p <= 0.025 for p in at_most) - 1, 0)  # 0 is less sure, with fewer than six rounds
+    return Ratio(statistics.median(ratios), ratios[k], ratios[n - 1 - k])

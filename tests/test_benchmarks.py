@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import run
-from benchmarks.timing import interleave, summarise
+from benchmarks.timing import interleave, paired_ratio, summarise
 from gptfast.models import GPT, GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=67, n_layer=1, n_head=2, n_embd=16)
@@ -124,6 +124,17 @@ def test_percentiles():
     t = summarise([5.0, 1.0, 2.0, 3.0, 4.0])
     assert (t.median, t.p20, t.p80) == (3.0, pytest.approx(1.8), pytest.approx(4.2))
     assert not math.isnan(summarise([1.0]).p80)
+
+
+def test_a_paired_ratio_does_not_see_a_machine_that_slows_down():
+    slower = [1.0 + i for i in range(11)]
+    ratio = paired_ratio([2 * t for t in slower], slower)
+    assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
+
+
+def test_the_interval_of_a_paired_ratio():
+    ratio = paired_ratio(range(1, 32), [1.0] * 31)  # 10th and 22nd of 31: 97.1 %, the next 92.9 %
+    assert (ratio.median, ratio.low, ratio.high) == (16.0, 10.0, 22.0)
 
 
 def test_table_names_every_row(capsys):

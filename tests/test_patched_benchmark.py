@@ -29,13 +29,14 @@ def test_rows_and_their_table(small, tmp_path):
     assert [row.work for row in rows] == ["forward", "training step", "generation"]
     file = tmp_path / "rows.json"
     patched.write(file, rows)
-    patched.write(file, [replace(rows[0], unpatched=0.03, patched=0.02)])
+    given = replace(rows[0], unpatched=0.03, patched=0.02, ratio=1.5, low=1.25, high=1.75)
+    patched.write(file, [given])
     kept = json.loads(file.read_text())
     assert len(kept) == 3
     table = patched.markdown(kept)
-    assert "| small | float32 | forward | 5 | 30.0 | 20.0 | 1.50 |" in table
-    slow = patched.markdown([asdict(replace(rows[0], unpatched=0.01, patched=0.02))])
-    assert "**0.50**" in slow
+    assert "| small | float32 | forward | 5 | 30.0 | 20.0 | 1.50 (1.25 to 1.75) |" in table
+    slow = patched.markdown([asdict(replace(given, ratio=0.5, low=0.25, high=0.75))])
+    assert "**0.50** (0.25 to 0.75)" in slow
 
 
 def test_a_model_that_computes_something_else_is_not_timed(small):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import gptfast
 from benchmarks.plain_models import PLAIN, OwnLayerNorm, Sizes
-from gptfast.patching import OPS, Patched, register, registry, sdpa
+from gptfast.patching import OPS, Patched, register, registry, sdpa, torch_modules
 from gptfast.testing import assert_close_in_norm
 
 ALL = list(OPS)  # each of them, whether it is faster or not
@@ -201,6 +201,14 @@ def test_errors_are_those_of_the_original():
     assert messages[0] == messages[1]
 
 
+def test_a_causal_hint_without_a_mask_is_refused_as_by_the_original():
+    model = nn.MultiheadAttention(16, 4, batch_first=True)
+    report = gptfast.patch(model, ops=ALL)
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        model(X, X, X, need_weights=False, is_causal=True)
+    assert report.fallbacks == {("attention", "is_causal without attn_mask"): 1}
+
+
 def test_what_was_measured_to_be_slower_is_left_alone():
     model = nn.ModuleDict({"erf": nn.GELU(), "tanh": nn.GELU("tanh"), "norm": nn.LayerNorm(16)})
     report = gptfast.patch(model)
@@ -223,6 +231,38 @@ def test_what_was_measured_to_be_slower_is_left_alone():
     assert "gptfast" not in graphs[0]  # compiled code is PyTorch's own
     report = gptfast.patch(nn.LayerNorm(16, dtype=torch.float16))
     assert reasons(report) == {"": "not measured on cpu in float16"}
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(2048, 8)
+
+    def forward(self, idx, targets=None):
+        logits = F.linear(self.wte(idx), self.wte.weight)
+        return logits if targets is None else F.cross_entropy(logits, targets)
+
+
+def test_a_call_for_few_tokens_overrides_no_loss(monkeypatch):
+    overridden = []
+    override = torch_modules.override
+    monkeypatch.setattr(
+        torch_modules,
+        "override",
+        lambda name, *rest: overridden.append(name) or override(name, *rest),
+    )
+    torch.manual_seed(0)
+    model, idx = TiedHead(), torch.arange(512)
+    expected = model(idx, idx)
+    assert outputs(gptfast.patch(model)) == {("", "cross_entropy")}
+    model(idx[:511], idx[:511])  # 512 rows of 2048 logits are the least that pays
+    assert overridden == []
+    torch.testing.assert_close(model(idx, idx), expected)
+    assert overridden == ["cross_entropy"]
+    gptfast.unpatch(model)
+    gptfast.patch(model, ops="cross_entropy")
+    model(idx[:1], idx[:1])
+    assert len(overridden) == 2
 
 
 def test_a_size_that_decides_nothing_is_no_guard():

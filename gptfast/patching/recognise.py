@@ -61,7 +61,11 @@ def recognise(module: nn.Module) -> dict[str, Recipe]:
 
 
 def _calls(function: str, mixin: type[Patched]) -> Recipe:
-    return lambda module: (mixin, {"function": function})
+    def recipe(module: nn.Module) -> Replacement:
+        sizes = (size for p in module.parameters() for size in p.shape)
+        return mixin, {"function": function, "widest": max(sizes, default=1)}
+
+    return recipe
 
 
 def _trace(module: nn.Module) -> fx.Graph | str:

@@ -126,15 +126,15 @@ def _unless_small(mixin: type[Patched], base: type[nn.Module], least: int) -> Ca
     compared becomes a guard, and a new compilation where it changes.
     """
 
+    is_compiling, Tensor = torch.compiler.is_compiling, torch.Tensor  # nearer than by their names
+
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
-        large = (
-            torch.compiler.is_compiling()  # first: else the size is compared all the same
-            or not isinstance(x, torch.Tensor)
-            or x.numel() >= least
-        )
-        return (mixin if large else base).forward(self, *args, **kwargs)
+        # Compiling first: else the size is compared all the same.
+        if is_compiling() or not isinstance(x, Tensor) or x.numel() >= least:
+            return mixin.forward(self, *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
 
     return forward
 

@@ -238,11 +238,13 @@ class FastMultiheadAttention(Patched):
             )
         tokens = 1 if self.batch_first else 0  # the dimension of the tokens
         H, dropout_p = self.num_heads, self.dropout if self.training else 0.0
-        causal = is_causal and attn_mask is not None
         if query is key and key is value:
             qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
             y = attention_qkv(
-                qkv if tokens == 1 else qkv.transpose(0, 1), H, causal=causal, dropout_p=dropout_p
+                qkv if tokens == 1 else qkv.transpose(0, 1),
+                H,
+                causal=is_causal,
+                dropout_p=dropout_p,
             )
         else:
             weights = self.in_proj_weight.chunk(3)
@@ -253,7 +255,7 @@ class FastMultiheadAttention(Patched):
                 .transpose(1, 2)
                 for x, w, b in zip((query, key, value), weights, biases, strict=True)
             )
-            y = attention(q, k, v, causal=causal, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+            y = attention(q, k, v, causal=is_causal, dropout_p=dropout_p).transpose(1, 2).flatten(2)
         y = F.linear(y, self.out_proj.weight, self.out_proj.bias)
         return (y if tokens == 1 else y.transpose(0, 1)), None
 
@@ -274,6 +276,8 @@ class FastMultiheadAttention(Patched):
             return "key_padding_mask"
         if attn_mask is not None and not is_causal:
             return "attn_mask that is not said to be causal"
+        if attn_mask is None and is_causal:
+            return "is_causal without attn_mask"
         tokens = 1 if self.batch_first else 0
         if is_causal and query.dim() == 3 and query.shape[tokens] != key.shape[tokens]:
             return "a causal mask for other keys than the queries' tokens"
@@ -300,8 +304,16 @@ class FastFunctions(Patched):
     sized_by_input = False  # a whole model may do so: tokens go in, and logits to the loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What it was, with that function replaced. Compiled code keeps the original."""
-        if torch.compiler.is_compiling():
+        """What it was, with that function replaced. Compiled code keeps the original.
+
+        A row of logits is no wider than the weights: generation, which calls for a few tokens and
+        for no loss, is not kept waiting.
+        """
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if torch.compiler.is_compiling() or (
+            isinstance(x, torch.Tensor)
+            and x.numel() * self._gptfast_state["widest"] < self._gptfast_least
+        ):
             return super().forward(*args, **kwargs)
         with override(self._gptfast_state["function"], self.fell_back, self.worth):
             return super().forward(*args, **kwargs)
