@@ -599,6 +599,17 @@ def test_what_attention_leaves_to_transformers():
         assert dict(hf_attention.FALLBACKS) == {reason: 1}
 
 
+def test_a_text_may_go_on_from_padding_on_the_right():
+    model = new_model("llama").eval()
+    ours, batch = patched(model), new_batch("llama")  # two of its rows end in padding
+    hf_attention.FALLBACKS.clear()
+    with torch.no_grad():
+        got, expected = ours(**batch).logits, model(**batch).logits
+    torch.testing.assert_close(got, expected)  # the rows of the padding, too
+    reason = "padding on the right, without gradients: a text may go on from there"
+    assert dict(hf_attention.FALLBACKS) == {reason: 2}
+
+
 def test_a_plan_is_of_its_mask_alone():
     mask, _ = masks("causal", q_length=4, kv_length=6, q_offset=2)
     plan, unknown = hf_attention.plan_of(mask), "a mask of the caller's"

@@ -137,7 +137,8 @@ def prepare_mask(
     # Now, since a static cache adds to its offset while the layers run.
     filled = int(q_offset) + q_length - kv_offset if pattern[0] else kv_length
     sizes = filled, q_length, kv_length, kv_offset
-    _remember(mask, lambda: _plan(*pattern, *sizes, attention_mask))
+    goes_on = not torch.is_grad_enabled()  # now, since a checkpoint has none in the layers
+    _remember(mask, lambda: _plan(*pattern, *sizes, attention_mask, goes_on))
     return mask
 
 
@@ -174,8 +175,12 @@ def _plan(
     kv_length: int,
     kv_offset: int,
     attention_mask: torch.Tensor | None,
+    goes_on: bool,
 ) -> Planned:
-    """The plan of a mask with this pattern, or the reason why there is none."""
+    """The plan of a mask with this pattern, or the reason why there is none.
+
+    goes_on: whether a text may go on from the last token, although it is padding.
+    """
     if not 0 < filled <= kv_length:
         return "the cache has dropped keys that the mask counts"
     if attention_mask is None:
@@ -193,6 +198,8 @@ def _plan(
             # Causality hides padding at the end of the new tokens, but not among the old ones.
             if end <= filled - q_length:
                 return "the padding mask hides new tokens"
+            if goes_on:
+                return "padding on the right, without gradients: a text may go on from there"
             end = filled
         if window is not None and end < filled:
             return "padding on the right of a window without causality"
