@@ -6,6 +6,7 @@ what it finds and what it cannot. It needs the CUDA toolkit's headers, but no GP
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -74,10 +75,6 @@ def compile_all(
     for path in sorted({*headers, *sources}):
         state.update(str(path).encode() + path.read_bytes())
     stamp = target.parent / "state"
-    if target.exists() and stamp.exists() and stamp.read_text() == state.hexdigest():
-        return target
-    shutil.rmtree(target.parent, ignore_errors=True)
-    target.parent.mkdir(parents=True)
 
     def compiled(source: Path) -> str:
         out = str(target.parent / f"{source.stem}{source.suffix}.o")
@@ -85,11 +82,27 @@ def compile_all(
         _run([*command, *more, "-x", "c++", "-c", str(source), "-o", out])
         return out
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    _run([*command, *objects, "-o", str(target)])
-    stamp.write_text(state.hexdigest())
+    with _alone(target.parent):
+        if target.exists() and stamp.exists() and stamp.read_text() == state.hexdigest():
+            return target
+        shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir(parents=True)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
+        _run([*command, *objects, "-o", str(target)])
+        stamp.write_text(state.hexdigest())
     return target
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within this block: tests run in several."""
+    import fcntl  # where `missing` is None
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @cache
