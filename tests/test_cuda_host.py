@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from math import inf
 
@@ -15,9 +16,9 @@ import torch
 from places import Place, refused
 
 import gptfast
-from gptfast import backend
+from gptfast import backend, targets
 from gptfast.optim import AdamW
-from gptfast.testing import CASES, DTYPES, OPS, cuda_host, make_problem, run_case
+from gptfast.testing import CASES, DTYPES, OPS, Case, cuda_host, make_problem, run_case
 
 pytestmark = pytest.mark.skipif(
     cuda_host.missing() is not None, reason=f"CUDA on the CPU: {cuda_host.missing()}"
@@ -75,6 +76,31 @@ def test_refused_case(case):
     what = f"is forced, but .*{refused(case, torch.float16)}"
     with on_the_cpu(), pytest.raises(backend.RefusedError, match=what):
         make_problem(case, torch.float16).run("cuda")
+
+
+@pytest.fixture
+def room(request, monkeypatch):
+    """How many bytes of shared memory a launch may ask for."""
+    card = dataclasses.replace(targets.TARGETS["sm_80"], shared_memory=request.param + 512)
+    monkeypatch.setattr(targets, "_assumed", card)
+
+
+# Nothing of a row fits; a part; all of it, or the sums and a part; all.
+@pytest.mark.parametrize("room", [0, 7000, 40000, 90000], indirect=True)
+@pytest.mark.parametrize("N", [4352, 1501])  # in packs, and in single elements
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm"])
+def test_rows_that_do_not_fit_into_shared_memory(op, N, room):
+    options = {"residual": "float32", "p": 0.3} if op == "add_layer_norm" else {}
+    with on_the_cpu():
+        run_case(Case(op, (3, N), options=options), "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("room", [0, 3001, 6500], indirect=True)
+def test_logits_that_do_not_fit_into_shared_memory(room):
+    case = Case("cross_entropy", (3, 3001), options={"label_smoothing": 0.1})
+    with on_the_cpu():
+        for overwrite in (False, True):
+            test_cross_entropy.test_loss_and_gradient_at_once(Place("cuda"), case, overwrite)
 
 
 @pytest.mark.parametrize("masters", [False, True])

@@ -108,20 +108,19 @@ def assert_few_bytes(op, dtype):
             limit = 1.15 if call.name.endswith("_bwd") else 1.05
             limit = KNOWN_TRAFFIC.get((call.name, "x".join(map(str, case.shape))), limit)
             if call.name == "cross_entropy_fused" and case.shape[-1] * dtype.itemsize > 162 * 1024:
-                limit = 1.5  # such a row is read again, as shared memory does not hold it
+                limit = 1.35  # what shared memory does not hold of such a row is read again
             ratio = cuda_traffic.count(call).ratio
             assert 0.99 < ratio <= limit, (str(case), call.name, ratio)
 
 
 NORMS = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
 # The call and the shape of what moves more, and how much; benchmarks/cuda_traffic.py prints it.
-# Clipping reads the gradients before anything can be updated. Backward of a norm reads twice where
-# shared memory does not hold its row and the sums of its columns; and three times where it holds
-# neither of them, as of 32768 columns in fp32: the sums are a kernel of their own.
+# Backward of a norm reads twice what shared memory (here sm_80's) does not hold of a row beside the
+# sums of its columns; where it does not hold the sums either, as LayerNorm's of 32768 columns, they
+# are a kernel of their own, which reads everything once more.
 KNOWN_TRAFFIC: dict[tuple[str, str], float] = {
-    ("adamw_fwd", "768x3072"): 1.11,
-    **{(f"{op}_bwd", "128x17003"): 1.8 for op in NORMS},
-    **{(f"{op}_bwd", "64x32768"): 2.4 for op in NORMS},
+    **{(f"{op}_bwd", "128x17003"): 1.65 for op in NORMS},
+    **{(f"{op}_bwd", "64x32768"): 2.0 for op in NORMS},
 }
 
 

@@ -3,8 +3,8 @@
 //
 // One block per row. Forward reads the logits once, each thread with a running maximum and sum of
 // its own; backward reads x and writes dx once. Both in one, where the gradient of the loss is known
-// before, read x once and write dx: shared memory keeps the row in between, if it has room. Rows are
-// swept by packs of 16 bytes, with single elements before the first aligned address and behind the
+// before, read x once and write dx: shared memory keeps the row in between, or as much of it as it
+// has room for. Rows are swept by packs of 16 bytes, with single elements before the first aligned address and behind the
 // last: an odd V, as GPT-2's, moves every row against the packs.
 #include "common.cuh"
 #include "launchers.h"
@@ -170,12 +170,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   });
 }
 
-// Both. cached: the row stays in shared memory, as far from a multiple of 16 bytes as in x. dx may be
-// x.
+// Both. The first `kept` columns stay in shared memory, as far from a multiple of 16 bytes as in x; the
+// others are read again. dx may be x.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     cross_entropy_fused_kernel(const float* dloss, const T* x, const int64_t* target, Rule rule,
-                               float* loss, T* dx, int64_t V, bool cached) {
+                               float* loss, T* dx, int64_t V, int64_t kept) {
   DYN_SMEM(memory);
   const int64_t row = blockIdx.x, t = target[row];
   x += row * V;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   RowSums sums;
   sweep(x, V, [&](int64_t c, auto width) {
     const auto pack = load<width>(x + c);
-    if (cached) store(cache + c, pack);
+    if (c + width <= kept) store(cache + c, pack);
     sums.add(pack, c, rule);
   });
   const float lse = sums.finish(rule);
@@ -196,9 +196,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     loss[row] = sums.loss(lse, t >= 0 && t < V ? to_float(x[t]) : 0.0f, t, V, rule);
   __syncthreads();  // the target's logit has been read
   const RowGradient gradient(dloss[row], lse, sums.weighted[0], t, V, rule);
-  const T* const source = cached ? cache : x;
   sweep(x, V, [&](int64_t c, auto width) {
-    auto pack = load<width>(source + c);
+    auto pack = load<width>((c + width <= kept ? cache : x) + c);
     gradient.apply(pack, c, rule);
     store_any(dx + c, pack);
   });
@@ -247,11 +246,11 @@ void cross_entropy_fused(const float* dloss, const void* x, const int64_t* targe
   const Rule rule{{w, w_dtype}, ignore_index, smoothing, z_loss, {softcap}};
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    const int64_t row_bytes = V * static_cast<int64_t>(sizeof(T)) + 16;
-    const bool cached = row_bytes <= shared_bytes;
-    LAUNCH((cross_entropy_fused_kernel<T>), grid_of(M), threads_for<T>(V),
-           cached ? static_cast<size_t>(row_bytes) : 0, stream, dloss, static_cast<const T*>(x),
-           target, rule, loss, static_cast<T*>(dx), V, cached);
+    const int64_t room = (shared_bytes - 16) / static_cast<int64_t>(sizeof(T));
+    const int64_t kept = room < 0 ? 0 : room < V ? room : V;
+    LAUNCH((cross_entropy_fused_kernel<T>), grid_of(M), threads_for<T>(V), kept * sizeof(T) + 16,
+           stream, dloss, static_cast<const T*>(x), target, rule, loss, static_cast<T*>(dx), V,
+           kept);
   });
 }
 

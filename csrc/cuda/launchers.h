@@ -102,7 +102,8 @@ void layer_norm_fwd(const void* x, const void* residual, const void* x_bias, DTy
                     cudaStream_t stream);
 // dy, and dr, the gradient of r: null where there is none. dresidual, dx, dw, db, dx_bias: null where
 // nobody asked; without a residual x's gradient is dresidual. partial: (programs, 3, N), or of 2
-// without dx_bias: needed for dw, db and dx_bias, each row sums the rows p, p + programs, ... of r.
+// without dx_bias, or of 1 without db either: needed for dw, db and dx_bias, each row sums the rows p,
+// p + programs, ... of r.
 // c1_c2: (M, 2), needed for dx_bias.
 void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w, DType w_dtype,
                     const float* mean, const float* rstd, const int64_t* seed, int64_t threshold,
@@ -121,8 +122,8 @@ void cross_entropy_bwd(const float* dloss, const void* x, const int64_t* target,
                        DType w_dtype, const float* w_sum, const float* lse, void* dx, int64_t M,
                        int64_t V, int64_t ignore_index, float smoothing, float z_loss,
                        float softcap, DType dtype, cudaStream_t stream);
-// Both in one read of x, where a row and 16 bytes more fit into shared_bytes of shared memory. dx may
-// be x.
+// Both in one read of x, where a row and 16 bytes more fit into shared_bytes of shared memory; of what
+// does not fit, in two. dx may be x.
 void cross_entropy_fused(const float* dloss, const void* x, const int64_t* target, const void* w,
                          DType w_dtype, float* loss, void* dx, int64_t M, int64_t V,
                          int64_t ignore_index, float smoothing, float z_loss, float softcap,

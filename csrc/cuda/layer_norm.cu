@@ -5,8 +5,8 @@
 // A row belongs to blockDim.x threads; where that is one warp, a block holds blockDim.y rows. Each
 // thread takes a pack of 16 bytes and keeps it in registers, or in wide rows several, kept in shared
 // memory: forward reads x (and residual) and writes y (and r) once, backward reads dy, r (and dr) and
-// writes dresidual (and dx) once. Only rows that do not fit into shared memory are read again for
-// every sweep.
+// writes dresidual (and dx) once. Only the columns for which shared memory has no room are read again
+// for every sweep.
 //
 // dw, db and dx_bias are summed in two stages, without atomics. Each of `programs` groups of threads
 // walks over its rows p, p + programs, ... and sums its columns in registers, or for wide rows in
@@ -37,29 +37,30 @@ __device__ __forceinline__ void for_each_pack(int64_t N, const Body& body) {
 }
 
 // This thread's packs of one row: read(column) once, then kept, a single one in registers, several
-// (kWide) in `cache`: shared memory for N elements, or null where there is no room. Then they are read
-// from global memory, at `again`.
+// (kWide) in `cache`: shared memory for the first `kept` columns. The others are read again, from
+// `again` in global memory.
 template <class T, int kWidth, bool kWide>
 struct Row {
-  const T* source;
+  const T *again, *cache;
+  int64_t kept;
   Pack<T, kWidth> own;
 
   template <class Read>
-  __device__ __forceinline__ Row(const T* again, T* cache, int64_t N, const Read& read)
-      : source(kWide && cache ? cache : again) {
+  __device__ __forceinline__ Row(const T* again, T* cache, int64_t kept, int64_t N,
+                                 const Read& read)
+      : again(again), cache(cache), kept(kept) {
     for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
       const Pack<T, kWidth> pack = read(c);
       if constexpr (!kWide)
         own = pack;
-      else if (cache)
+      else if (c < kept)
         store(cache + c, pack);
     });
   }
-  // Of a row that is `from` (null: zeros) and is read again where nothing keeps it.
-  __device__ __forceinline__ Row(const T* from, T* cache, int64_t N)
-      : source(kWide && cache ? cache : from) {
-    if (kWide && !cache) return;
-    for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
+  // Of a row that is `from`; null: zeros.
+  __device__ __forceinline__ Row(const T* from, T* cache, int64_t kept, int64_t N)
+      : again(from), cache(cache), kept(kept) {
+    for_each_pack<kWidth, kWide>(kWide ? kept : N, [&](int64_t c) {
       const Pack<T, kWidth> pack = from ? load<kWidth>(from + c) : Pack<T, kWidth>{};
       if constexpr (kWide)
         store(cache + c, pack);
@@ -69,7 +70,7 @@ struct Row {
   }
   __device__ __forceinline__ Pack<T, kWidth> at(int64_t c) const {
     if constexpr (kWide)
-      return load<kWidth>(source + c);
+      return load<kWidth>((c < kept ? cache : again) + c);
     else
       return own;
   }
@@ -114,13 +115,13 @@ template <class T, class R, int kWidth, bool kWide>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     layer_norm_fwd_kernel(Stream<T, R> stream, Parameter w, Parameter b, T* __restrict__ y,
                           float* __restrict__ mean, float* __restrict__ rstd, int64_t M, int64_t N,
-                          float inverse_n, float eps, bool cached) {
+                          float inverse_n, float eps, int64_t kept) {
   DYN_SMEM(memory);
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const bool live = row < M;
   if (!live) row = M - 1;  // takes part, and writes nothing
   const Row<R, kWidth, kWide> rows(
-      stream.written() + row * N, cached ? reinterpret_cast<R*>(memory) : nullptr, N,
+      stream.written() + row * N, reinterpret_cast<R*>(memory), kept, N,
       [&](int64_t c) { return stream.template read<kWidth>(row, c, N, live); });
   float mu = 0.0f;
   if (mean) {
@@ -172,15 +173,15 @@ struct Backward {
   float *partial, *c1_c2;
   int64_t programs, M, N;
   float inverse_n;
-  bool sums_dx_bias;
+  int sums;  // for dw, db and dx_bias: the first of these
 
-  __device__ __forceinline__ int sums() const { return sums_dx_bias ? 3 : 2; }
+  __device__ __forceinline__ bool sums_dx_bias() const { return sums == 3; }
 };
 
 // Where a backward block keeps what in shared memory.
 struct BackwardMemory {
-  bool sums;    // floats, of wide rows
-  bool caches;  // N elements of r and of dy
+  bool sums;     // floats, of wide rows
+  int64_t kept;  // of a wide row, columns of r and of dy
 };
 
 template <class T, class R, int kWidth, bool kWide>
@@ -189,15 +190,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   DYN_SMEM(memory);
   const int64_t N = a.N;
   float* const shared_sums = reinterpret_cast<float*>(memory);
-  R* const r_cache = reinterpret_cast<R*>(memory + (keeps.sums ? a.sums() * N * sizeof(float) : 0));
-  T* const dy_cache = reinterpret_cast<T*>(r_cache + N);
+  R* const r_cache = reinterpret_cast<R*>(memory + (keeps.sums ? a.sums * N * sizeof(float) : 0));
+  T* const dy_cache = reinterpret_cast<T*>(r_cache + keeps.kept);
   float own_sums[kMostSums][kWidth] = {};  // of the one pack, where rows are not wide
   const auto sum_at = [&](int which, int64_t c, int i) -> float& {
     return kWide ? shared_sums[which * N + c + i] : own_sums[which][i];
   };
   if (kWide && a.partial)
     for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
-      for (int which = 0; which < a.sums(); ++which)
+      for (int which = 0; which < a.sums; ++which)
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) shared_sums[which * N + c + i] = 0.0f;
     });
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int64_t row = program; row < a.M; row += a.programs) {
     const float mu = a.mean ? a.mean[row] : 0.0f, rs = a.rstd[row];
     const T* const dy_row = a.dy ? a.dy + row * N : nullptr;
-    const Row<T, kWidth, kWide> dys(dy_row, keeps.caches ? dy_cache : nullptr, N);
-    const Row<R, kWidth, kWide> rows(a.r + row * N, keeps.caches ? r_cache : nullptr, N);
+    const Row<T, kWidth, kWide> dys(dy_row, dy_cache, keeps.kept, N);
+    const Row<R, kWidth, kWide> rows(a.r + row * N, r_cache, keeps.kept, N);
     // body(c, dy, xhat, wdy), the last three of kWidth values
     const auto sweep = [&](const auto& body) {
       for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
@@ -238,10 +239,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           sum_at(0, c, i) += dy_pack[i] * xhat[i];
-          sum_at(1, c, i) += dy_pack[i];
+          if (!kWide || a.sums > 1) sum_at(1, c, i) += dy_pack[i];
         }
       });
-    if (!a.dresidual && !a.dx && !a.sums_dx_bias) continue;
+    if (!a.dresidual && !a.dx && !a.sums_dx_bias()) continue;
     if (dy_row) row_reduce<Sum>(c1_c2);
     const float c1 = c1_c2[0] * a.inverse_n, c2 = a.mean ? c1_c2[1] * a.inverse_n : 0.0f;
     if (a.c1_c2 && threadIdx.x == 0) {
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         for (int i = 0; i < kWidth; ++i) out.set(i, total[i]);
         store(a.dresidual + row * N + c, out);
       }
-      if (!a.dx && !a.sums_dx_bias) return;
+      if (!a.dx && !a.sums_dx_bias()) return;
       a.dropout.apply(row, c, total);
       if (a.dx) {
         Pack<T, kWidth> out;
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         for (int i = 0; i < kWidth; ++i) out.set(i, total[i]);
         store(a.dx + row * N + c, out);
       }
-      if (a.partial && a.sums_dx_bias)
+      if (a.partial && a.sums_dx_bias())
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sum_at(2, c, i) += total[i];
     };
@@ -285,11 +286,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       });
   }
   if (!a.partial) return;
-  float* const partial = a.partial + program * a.sums() * N;
+  float* const partial = a.partial + program * a.sums * N;
   for_each_pack<kWidth, kWide>(N, [&](int64_t c) {
 #pragma unroll
     for (int which = 0; which < kMostSums; ++which)
-      if (which < a.sums())
+      if (which < a.sums)
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) partial[which * N + c + i] = sum_at(which, c, i);
   });
@@ -308,16 +309,16 @@ __global__ void __launch_bounds__(256) layer_norm_bwd_sums_kernel(const Backward
     const float xhat = (to_float(a.r[row * N + c]) - mu) * rs;
     sum[0] += grad * xhat;
     sum[1] += grad;
-    if (!a.sums_dx_bias) continue;
+    if (!a.sums_dx_bias()) continue;
     float total[1] = {(grad * weight - a.c1_c2[2 * row] * xhat - a.c1_c2[2 * row + 1]) * rs};
     if (a.dr) total[0] += to_float(a.dr[row * N + c]);
     a.dropout.apply(row, c, total);
     sum[2] += total[0];
   }
-  float* const partial = a.partial + int64_t{blockIdx.y} * a.sums() * N + c;
+  float* const partial = a.partial + int64_t{blockIdx.y} * a.sums * N + c;
 #pragma unroll
   for (int which = 0; which < kMostSums; ++which)
-    if (which < a.sums()) partial[which * N] = sum[which];
+    if (which < a.sums) partial[which * N] = sum[which];
 }
 
 // Calls body(width constant, wide constant, block) for rows of N elements. One pack a thread for as
@@ -338,6 +339,12 @@ void with_shape(bool aligned, int64_t N, const Body& body) {
   });
 }
 
+// How many of a wide row's columns `room` bytes of shared memory keep, in whole packs.
+int64_t columns_kept(int64_t room, int64_t bytes_of_column, int64_t N, int width) {
+  const int64_t columns = room / bytes_of_column;
+  return columns < N ? columns - columns % width : N;
+}
+
 }  // namespace
 
 void layer_norm_fwd(const void* x, const void* residual, const void* x_bias, DType x_bias_dtype,
@@ -354,11 +361,10 @@ void layer_norm_fwd(const void* x, const void* residual, const void* x_bias, DTy
     const Stream<T, R> sum{static_cast<const T*>(x), static_cast<const R*>(residual),
                            Parameter{x_bias, x_bias_dtype}, dropout, static_cast<R*>(r)};
     with_shape<T>(aligned, N, [&](auto width, auto wide, dim3 block) {
-      const int64_t cache = N * static_cast<int64_t>(sizeof(R));
-      const bool cached = wide && cache <= shared_bytes;
+      const int64_t kept = wide ? columns_kept(shared_bytes, sizeof(R), N, width) : 0;
       LAUNCH((layer_norm_fwd_kernel<T, R, width, wide>), grid_of(ceil_div(M, int64_t{block.y})),
-             block, cached ? static_cast<size_t>(cache) : 0, stream, sum, (Parameter{w, w_dtype}),
-             (Parameter{b, b_dtype}), static_cast<T*>(y), mean, rstd, M, N, 1.0f / N, eps, cached);
+             block, kept * sizeof(R), stream, sum, (Parameter{w, w_dtype}), (Parameter{b, b_dtype}),
+             static_cast<T*>(y), mean, rstd, M, N, 1.0f / N, eps, kept);
     });
   });
 }
@@ -370,7 +376,7 @@ void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w
                     DType x_dtype, DType r_dtype, cudaStream_t stream) {
   if (M == 0 || N == 0) return;
   const bool needs_sums = dw || db || dx_bias;
-  const int sums = dx_bias ? 3 : 2;
+  const int sums = dx_bias ? 3 : db ? 2 : 1;
   with_stream_dtype(x_dtype, r_dtype, [&](auto t, auto s) {
     using T = decltype(t);
     using R = decltype(s);
@@ -389,14 +395,15 @@ void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w
                      M,
                      N,
                      1.0f / N,
-                     dx_bias != nullptr};
+                     sums};
     const bool aligned = aligned_16(r, dy, dr, w, dresidual, dx);
     with_shape<T>(aligned, N, [&](auto width, auto wide, dim3 block) {
       const int64_t of_sums = sums * N * static_cast<int64_t>(sizeof(float));
-      const int64_t cache = N * static_cast<int64_t>(sizeof(T) + sizeof(R));
-      BackwardMemory keeps{wide && needs_sums && of_sums <= shared_bytes, false};
+      constexpr int64_t kColumn = sizeof(T) + sizeof(R);
+      BackwardMemory keeps{wide && needs_sums && of_sums <= shared_bytes, 0};
+      const int64_t used = keeps.sums ? of_sums : 0;
       const bool rows = dresidual || dx || dx_bias;
-      keeps.caches = wide && rows && cache + (keeps.sums ? of_sums : 0) <= shared_bytes;
+      if (wide && rows) keeps.kept = columns_kept(shared_bytes - used, kColumn, N, width);
       const bool together = needs_sums && (keeps.sums || !wide);
       if (rows || together) {
         auto of_rows = a;
@@ -406,8 +413,7 @@ void layer_norm_bwd(const void* r, const void* dy, const void* dr, const void* w
         }
         LAUNCH((layer_norm_bwd_kernel<T, R, width, wide>),
                grid_of(ceil_div(programs, int64_t{block.y})), block,
-               static_cast<size_t>((keeps.sums ? of_sums : 0) + (keeps.caches ? cache : 0)), stream,
-               of_rows, keeps);
+               static_cast<size_t>(used + keeps.kept * kColumn), stream, of_rows, keeps);
       }
       if (needs_sums && !together) {
         a.c1_c2 = c1_c2;

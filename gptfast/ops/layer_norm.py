@@ -290,7 +290,7 @@ def cuda_backward(
     programs = cuda_programs(M)
     partial = c1_c2 = None
     if any(needs[2:]):
-        partial = rstd.new_empty(programs, 3 if needs[4] else 2, N)
+        partial = rstd.new_empty(programs, 3 if needs[4] else 2 if needs[3] else 1, N)
         c1_c2 = rstd.new_empty(M, 2) if needs[4] else None
     given = r, dy, dr, *cuda_parameter(w), mean, rstd, seed, dropout_threshold(dropout_p)
     sizes = programs, M, N, cuda_room(r), backend.DTYPE_CODES[x_dtype]
@@ -304,9 +304,9 @@ def cuda_backward(
 def cuda_programs(M: int) -> int:
     """In how many parts the CUDA backward sums dw and db: a function of M alone, not of the card.
 
-    M / 24 keep what they write and read again, 16 N bytes each, within a ninth of the 6 M N bytes
-    that bfloat16 moves; 24 N of three sums within an eighth of the 8 M N beside the residual
-    stream. 1024 keep today's large cards busy.
+    M / 24 keep what they write and read again, 16 N bytes each where there are two sums, within a
+    ninth of the 6 M N bytes that bfloat16 moves; 24 N of three sums within an eighth of the 8 M N
+    beside the residual stream. 1024 keep today's large cards busy.
     """
     return max(1, min(M // 24, 1024))
 

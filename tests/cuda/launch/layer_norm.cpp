@@ -7,8 +7,8 @@ namespace {
 void run_layer_norm(int64_t M, int64_t N, int64_t shared_bytes, bool rms, DType dtype) {
   const int64_t programs = M < 3 ? M : 3;
   const Buffer x(M * N, dtype), dy(M * N, dtype), out(M * N, dtype), w(N, dtype);
-  const Buffer b = floats(N), rstd = floats(M), dw = floats(N), db = floats(N);
-  const Buffer mean = rms ? Buffer() : floats(M), partial = floats(programs * 2 * N);
+  const Buffer b = floats(N), rstd = floats(M), dw = floats(N), db = rms ? Buffer() : floats(N);
+  const Buffer mean = rms ? Buffer() : floats(M), partial = floats(programs * (rms ? 1 : 2) * N);
   gptfast::cuda::layer_norm_fwd(x, nullptr, nullptr, dtype, w, dtype, b, DType::F32, nullptr, 0,
                                 out, nullptr, mean, rstd, M, N, 1e-5f, shared_bytes, dtype, dtype,
                                 nullptr);
@@ -44,6 +44,8 @@ void launch_all(DType dtype) {
   run_layer_norm(2, 257, kPlenty, false, dtype);    // and wide
   run_layer_norm(2, wide, kPlenty, true, dtype);    // all in shared memory
   run_layer_norm(2, wide, 8 * wide, false, dtype);  // only the sums
+  run_layer_norm(2, wide, 6 * wide, true, dtype);   // and some columns
+  run_layer_norm(2, wide, wide, false, dtype);      // only some columns
   run_layer_norm(2, wide, 0, false, dtype);         // nothing
   for (const int64_t N : {37, 64, 768}) run_add_layer_norm(5, N, kPlenty, dtype);
   for (const int64_t bytes : {kPlenty, 12 * wide, int64_t{0}})
