@@ -67,8 +67,8 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(json.dumps([row.to_json() for row in kept.values()], indent=1) + "\n")
 
 
-COLUMNS = ("work", "dtype", "pass", "threads", "ms", "ratio", "warmed", "ceiling", "warmed", "MB")
-COLUMNS += ("peers' MB",)
+COLUMNS: tuple[str, ...] = ("work", "dtype", "pass", "threads", "ms", "ratio", "warmed", "ceiling")
+COLUMNS += ("warmed", "MB", "peers' MB")
 NUMBERS_FROM = COLUMNS.index("threads")
 
 
