@@ -221,6 +221,13 @@ def test_what_was_measured_to_be_slower_is_left_alone():
                 model[name](torch.randn(elements // 16, 16))
             calls[elements] = len(recorded.calls)
         assert calls == {at_least - 16: 0, at_least: 1}
+    attn = nn.MultiheadAttention(256, 4, batch_first=True).bfloat16()  # pays earlier in training
+    gptfast.patch(attn)
+    x = torch.randn(262_144 // 256 // 64, 64, 256).bfloat16()
+    for training, calls in ((False, 0), (True, 1)):
+        with gptfast.testing.record_calls() as recorded:
+            attn.train(training)(x, x, x, need_weights=False)
+        assert len(recorded.calls) == calls
     graphs = []
 
     def look(graph, inputs):

@@ -57,7 +57,7 @@ class Patched(nn.Module):
         """Whether the op is not slower than the original on x, or was asked for by name."""
         compiled = torch.compiler.is_compiling()
         if not self._gptfast_forced and not is_worth(
-            self.measured or self._gptfast_op, x, compiled
+            self.measured or self._gptfast_op, x, compiled, self.training
         ):
             return False
         return compiled or KERNELS[self._gptfast_op].has_kernel(x)

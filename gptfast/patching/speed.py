@@ -27,10 +27,14 @@ class Speed(NamedTuple):
             CPU, both forward and with backward: less is what two runs differ by, and was seen to
             make a whole model slower, where memory is cold. None: it is so at no size.
         reason: the figures.
+        in_training: the same for modules in training, where a backward follows, if it is less.
+            Not by whether gradients are recorded: a checkpoint has them only the second time, and
+            has to draw the same dropout.
     """
 
     at_least: int | None
     reason: str
+    in_training: int | None = None
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -41,9 +45,11 @@ FP32, BF16 = torch.float32, torch.bfloat16
 SPEED: dict[tuple[str, str, torch.dtype, bool], Speed] = {
     # 262,144 elements in fp32: 1.19 for the module, but 0.96 and 0.97 for the forward of models.
     ("attention", "cpu", FP32, False): Speed(1_048_576, "1.62, 1.36; below 0.96 in models"),
-    ("attention", "cpu", BF16, False): Speed(262_144, "1.25, 2.98; below 1.07, 2.05"),
+    # In bf16 1.25, 2.98, but in the forward of a script's GPT 0.97; 1.38 in its training step.
+    ("attention", "cpu", BF16, False): Speed(1_048_576, "2.65, 2.77; below 0.97", 262_144),
     ("layer_norm", "cpu", FP32, False): Speed(1_048_576, "1.20, 1.27; below 1.16, 1.01"),
-    ("layer_norm", "cpu", BF16, False): Speed(262_144, "1.54, 1.51; below 0.82, 0.86"),
+    # 262,144 elements in bf16: 1.54, 1.51, but 0.94 and 1.00 for a script's GPT.
+    ("layer_norm", "cpu", BF16, False): Speed(1_048_576, "1.44, 1.96; below 0.94 in models"),
     ("rms_norm", "cpu", FP32, False): Speed(65_536, "1.14, 2.02; below 0.83, 1.18"),
     ("rms_norm", "cpu", BF16, False): Speed(65_536, "1.46, 2.54; below 0.91, 1.55"),
     ("gelu", "cpu", FP32, False): Speed(None, "0.56, 0.56 with 1,048,576 elements"),
@@ -68,15 +74,18 @@ SPEED: dict[tuple[str, str, torch.dtype, bool], Speed] = {
 }
 
 
-def is_worth(what: str, x: torch.Tensor, compiled: bool) -> bool:
+def is_worth(what: str, x: torch.Tensor, compiled: bool, training: bool) -> bool:
     """Whether `what` is not slower than PyTorch on x, in compiled code or outside of it."""
     speed = SPEED.get((what, x.device.type, x.dtype, compiled))
-    return speed is not None and speed.at_least is not None and x.numel() >= speed.at_least
+    if speed is None or speed.at_least is None:
+        return False
+    least = speed.in_training if training and speed.in_training else speed.at_least
+    return x.numel() >= least
 
 
 def smallest(what: str) -> int:
     """Elements below which `what` is worth it nowhere."""
-    sizes = [speed.at_least for key, speed in SPEED.items() if key[0] == what]
+    sizes = [speed.in_training or speed.at_least for key, speed in SPEED.items() if key[0] == what]
     return min((size for size in sizes if size is not None), default=sys.maxsize)
 
 
