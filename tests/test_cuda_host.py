@@ -48,7 +48,7 @@ def cases_and_dtypes():
 REFUSED = [c for c in CASES if c.op in OURS and refused(c, torch.float16)]
 
 
-@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
+@pytest.mark.parametrize(("case", "dtype"), list(cases_and_dtypes()))
 def test_case(case, dtype):
     problem = make_problem(case, dtype)
     results = []

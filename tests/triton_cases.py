@@ -73,7 +73,7 @@ def cases_and_dtypes():
             yield pytest.param(case, dtype, id=f"{case}-{dtype}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
+@pytest.mark.parametrize(("case", "dtype"), list(cases_and_dtypes()))
 def test_case(case, dtype):
     run_case(case, "triton", dtype)
 
