@@ -24,6 +24,7 @@ void register_gelu(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear_decode(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
+void register_linear_gelu(py::module_& m);
 void register_rope(py::module_& m);
 void register_sampling(py::module_& m);
 void register_simd_probe(py::module_& m);
@@ -76,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   register_layer_norm(m);
   register_linear_decode(m);
   register_linear_cross_entropy(m);
+  register_linear_gelu(m);
   register_rope(m);
   register_sampling(m);
   register_simd_probe(m);

@@ -49,8 +49,8 @@ DECODE = ("attention_decode", "attention_decode_append")
 ATTENTION = ("attention", "attention_qkv", "attention_varlen", *DECODE)
 
 
-# Their C++ copies memory, or is that of other ops: the best SIMD level shows it.
-ONE_LEVEL = ("attention_decode_append", "kv_cache_append")
+# Their C++ copies memory, is that of other ops, or is for the best SIMD level, which shows it.
+ONE_LEVEL = ("attention_decode_append", "kv_cache_append", "linear_gelu")
 
 
 def implemented(op: str) -> list[Place]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gptfast.models import GPT, GPTConfig
+from gptfast.ops.library import has_tiles
+from gptfast.ops.linear_gelu import FEWEST_ROWS
+from gptfast.ops.linear_gelu import is_faster as linear_gelu_is_faster
 from gptfast.testing import record_calls
 
 SIZES = {"block_size": 12, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -109,6 +113,20 @@ def test_without_hooks_it_is_fused():
     for block in model.transformer["h"]:
         block.mlp.c_fc.register_forward_hook(lambda *args: None)
     assert "bias_gelu_fwd" not in fused(model)
+
+
+@pytest.mark.skipif(not has_tiles(), reason="linear_gelu is for processors with AMX")
+@torch.no_grad()
+def test_the_mlp_takes_linear_gelu_in_tiles():
+    mlp = new_model("gpt2").transformer["h"][0].mlp.bfloat16()
+    x = torch.randn(FEWEST_ROWS, mlp.c_fc.in_features, dtype=torch.bfloat16)
+    assert linear_gelu_is_faster(x)
+    assert not linear_gelu_is_faster(x[1:])
+    wide = F.gelu(F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias).float(), approximate="tanh")
+    # Outputs of up to 2 in bfloat16, after two roundings of what they are the sums of.
+    torch.testing.assert_close(mlp(x), mlp.c_proj(wide.bfloat16()), rtol=0, atol=2 * 2.0**-7)
+    mlp.c_fc.register_forward_hook(lambda module, args, output: 0 * output)
+    torch.testing.assert_close(mlp(x), mlp.c_proj.bias.expand(FEWEST_ROWS, -1))
 
 
 def test_a_head_with_a_hook_makes_logits():

@@ -388,6 +388,26 @@ ERRORS = [
     (lambda: gptfast.gelu([1.0]), TypeError, "gelu: x must be a torch.Tensor, got list"),
     (lambda: gptfast.gelu(X, "erf"), ValueError, "gelu: approximate must be 'none' or 'tanh'"),
     (
+        lambda: gptfast.linear_gelu(torch.tensor(1.0), X, torch.ones(2)),
+        ValueError,
+        "linear_gelu: x must be (..., C), got a scalar",
+    ),
+    (
+        lambda: gptfast.linear_gelu(X, torch.ones(7, 5), torch.ones(7)),
+        ValueError,
+        "linear_gelu: weight must be (N, 8), got (7, 5)",
+    ),
+    (
+        lambda: gptfast.linear_gelu(X, torch.ones(7, 8), torch.ones(8)),
+        ValueError,
+        "linear_gelu: bias must be (7,), got (8,)",
+    ),
+    (
+        lambda: gptfast.linear_gelu(X, torch.ones(7, 8).half(), torch.ones(7)),
+        TypeError,
+        "linear_gelu: weight must be torch.float32, got torch.float16",
+    ),
+    (
         lambda: gptfast.bias_gelu(X, torch.ones(7)),
         ValueError,
         "bias_gelu: bias must be (8,), got (7,)",

@@ -168,7 +168,7 @@ def test_forward_mode_refuses(op):
 
 # ---- Autocast ------------------------------------------------------------------------------------
 
-CAST = ("attention", "attention_qkv", "attention_varlen", "linear_cross_entropy")
+CAST = ("attention", "attention_qkv", "attention_varlen", "linear_cross_entropy", "linear_gelu")
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

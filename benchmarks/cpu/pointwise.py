@@ -1,4 +1,7 @@
-"""layer_norm, add_layer_norm, dropout_add, gelu and bias_gelu: works that memory bounds."""
+"""layer_norm, add_layer_norm, dropout_add, gelu and bias_gelu: works that memory bounds.
+
+And linear_gelu, which is bias_gelu with the product before it.
+"""
 
 from __future__ import annotations
 
@@ -110,10 +113,30 @@ def _bias_gelu(dtype: torch.dtype, compile: bool) -> Built:
     )
 
 
+def _linear_gelu(dtype: torch.dtype, compile: bool) -> Built:
+    """Without gradients, as GPT calls it."""
+    x = torch.randn(ROWS, CHANNELS).to(dtype)
+    w = (torch.randn(4 * CHANNELS, CHANNELS) * CHANNELS**-0.5).to(dtype)
+    bias = torch.randn(4 * CHANNELS).to(dtype)
+    return built(
+        (x, w, bias),
+        gptfast.linear_gelu,
+        lambda x, w, bias: F.gelu(F.linear(x, w, bias), approximate="tanh"),
+        {"fwd": Limit(flops=2.0 * ROWS * w.numel())},
+        example_cases("linear_gelu"),
+        dtype,
+        compile,
+        # What it is made of where there are no tiles.
+        {"gptfast, in two": lambda x, w, bias: gptfast.bias_gelu(F.linear(x, w), bias)},
+        differentiable=False,
+    )
+
+
 WORKS = (
     Work("layer_norm", "layer_norm", f"{ROWS}x{CHANNELS}", _layer_norm),
     Work("add_layer_norm", "add_layer_norm", f"{ROWS}x{CHANNELS}", _add_layer_norm),
     Work("dropout_add", "dropout_add", f"{ROWS}x{CHANNELS} p{DROPOUT}", _dropout_add),
     Work("gelu", "gelu", f"{ROWS}x{4 * CHANNELS}", _gelu),
     Work("bias_gelu", "bias_gelu", f"{ROWS}x{4 * CHANNELS}", _bias_gelu),
+    Work("linear_gelu", "linear_gelu", f"{ROWS}x{CHANNELS}x{4 * CHANNELS}", _linear_gelu, 0.2),
 )

@@ -47,10 +47,12 @@ from gptfast.ops import (
     dropout_add,
     gelu,
     linear_cross_entropy,
+    linear_gelu,
     rope_cache,
     swiglu,
 )
 from gptfast.ops.linear_cross_entropy import is_faster
+from gptfast.ops.linear_gelu import is_faster as linear_gelu_is_faster
 
 __all__ = ["GPT", "MLP", "PRESETS", "Block", "GPTConfig"]
 
@@ -81,7 +83,10 @@ class MLP(nn.Module):
     def _hidden(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind != "gelu":
             return ACTIVATIONS[self.kind](self.c_fc(x))
-        h, b = product(self.c_fc, x), late_bias(self.c_fc)
+        b = late_bias(self.c_fc)
+        if b is not None and is_plain(self.c_fc, nn.Linear) and linear_gelu_is_faster(x):
+            return linear_gelu(x, self.c_fc.weight, b)
+        h = product(self.c_fc, x)
         return gelu(h) if b is None else bias_gelu(h, b)
 
 

@@ -22,6 +22,7 @@ from gptfast.ops.linear_decode import (
     linear_decode,
     quantize_weight,
 )
+from gptfast.ops.linear_gelu import linear_gelu
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_cache
 from gptfast.ops.sample import sample
@@ -47,6 +48,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_decode",
+    "linear_gelu",
     "quantize_weight",
     "rms_norm",
     "rope",

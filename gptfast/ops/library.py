@@ -257,3 +257,29 @@ def cuda_parameter(w: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
 def pointer(t: torch.Tensor | None) -> int:
     """The address of a tensor's data; 0 for None."""
     return 0 if t is None else t.data_ptr()
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What x's numbers are when they are multiplied: autocast leaves float64 alone."""
+    kind = x.device.type
+    cast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+@torch.compiler.assume_constant_result
+def has_tiles() -> bool:
+    """Whether the kernels made of tiles (AMX) may be called here."""
+    extension = None if backend.missing("cpu") else backend.extension()
+    may = backend.forced_backend() in (None, "cpu")
+    return may and extension is not None and extension.cpu_isa() == "amx"
+
+
+def in_tiles(x: torch.Tensor) -> bool:
+    """Whether the tile unit of this processor multiplies such numbers."""
+    return x.dtype is torch.bfloat16 and x.numel() > 0 and has_tiles()
+
+
+def call_in_tiles(kernel: Any, *args: Any) -> None:
+    """Call a kernel that says itself how much workspace it wants."""
+    memory = torch.empty(kernel(*args, 0), dtype=torch.uint8)
+    kernel(*args, memory.data_ptr())

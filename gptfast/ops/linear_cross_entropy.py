@@ -24,14 +24,18 @@ from gptfast import backend
 from gptfast.ops.cross_entropy import OP as CROSS_ENTROPY
 from gptfast.ops.cross_entropy import check_targets, checked_loss_arguments, counted, reduced
 from gptfast.ops.library import (
+    call_in_tiles,
     check_device,
     check_dtypes,
     check_floating,
     check_shape,
     define,
     fp32_parameter,
+    has_tiles,
+    in_tiles,
     plain_eager,
     pointer,
+    product_dtype,
     statistics_dtype,
 )
 
@@ -166,17 +170,6 @@ def _total(
     return total * scale, *gradients.all()
 
 
-def _in_tiles(x: torch.Tensor) -> bool:
-    """Whether the tile unit of this processor multiplies such numbers."""
-    return x.dtype is torch.bfloat16 and x.numel() > 0 and _has_tiles()
-
-
-def _call_in_tiles(kernel: Any, *args: Any) -> None:
-    """Call a kernel that says itself how much workspace it wants."""
-    memory = torch.empty(kernel(*args, 0), dtype=torch.uint8)
-    kernel(*args, memory.data_ptr())
-
-
 def cpu_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -190,14 +183,14 @@ def cpu_fwd(
 ) -> Tensors2:
     """The `cpu` backend of the forward op: in tiles, or else in chunks."""
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    if not _in_tiles(x):
+    if not in_tiles(x):
         return CHUNKED.fwd(x, w, target, b, class_weight, *options[:3], softcap)
     check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
     x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
     b, class_weight = fp32_parameter(b), fp32_parameter(class_weight)
     loss = torch.empty(x.shape[0], dtype=torch.float32)
     lse = torch.empty_like(loss)
-    _call_in_tiles(
+    call_in_tiles(
         backend.extension().linear_cross_entropy_fwd,  # type: ignore[union-attr]
         *map(pointer, (x, w, b, target, class_weight, loss, lse)),
         x.shape[0],
@@ -223,7 +216,7 @@ def cpu_bwd(
 ) -> Tensors3:
     """The `cpu` backend of the backward op."""
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    if not _in_tiles(x):
+    if not in_tiles(x):
         given = dloss, x, w, target, b, class_weight, lse
         return CHUNKED.bwd(*given, *options[:3], softcap, needs)
     x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
@@ -232,7 +225,7 @@ def cpu_bwd(
     dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
     dw = torch.empty(w.shape if needs[1] else 0, dtype=w.dtype)
     db = torch.empty(w.shape[0] if needs[2] else 0, dtype=torch.float32)
-    _call_in_tiles(
+    call_in_tiles(
         backend.extension().linear_cross_entropy_bwd,  # type: ignore[union-attr]
         *map(pointer, (dloss, x, w, kept_b, target, class_weight, lse)),
         *(pointer(d) if needed else 0 for d, needed in zip((dx, dw, db), needs, strict=True)),
@@ -254,13 +247,6 @@ OP = backend.Op(
 )
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What x's numbers are when they are multiplied: autocast leaves float64 alone."""
-    kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64
-    return torch.get_autocast_dtype(kind) if cast else x.dtype
-
-
 def is_faster(x: torch.Tensor) -> bool:
     """Whether a model that wants the loss alone should take this op, and not store the logits.
 
@@ -269,8 +255,8 @@ def is_faster(x: torch.Tensor) -> bool:
     """
     if x.device.type != "cpu":
         return True
-    dtype = _product_dtype(x)
-    return dtype in FULL or (dtype is torch.bfloat16 and _has_tiles())
+    dtype = product_dtype(x)
+    return dtype in FULL or (dtype is torch.bfloat16 and has_tiles())
 
 
 def _gradients_in_forward(x: torch.Tensor) -> bool:
@@ -280,19 +266,12 @@ def _gradients_in_forward(x: torch.Tensor) -> bool:
     has a rate worth more than a product less. And in full precision: what comes with backward, the
     factor of loss scaling for one, would otherwise be multiplied with gradients already rounded.
     """
-    return x.device.type == "cpu" and _product_dtype(x) in FULL and _in_chunks()
+    return x.device.type == "cpu" and product_dtype(x) in FULL and _in_chunks()
 
 
 @torch.compiler.assume_constant_result
 def _in_chunks() -> bool:
     return backend.forced_backend() in (None, "cpu", "torch")
-
-
-@torch.compiler.assume_constant_result
-def _has_tiles() -> bool:
-    extension = None if backend.missing("cpu") else backend.extension()
-    may = backend.forced_backend() in (None, "cpu")
-    return may and extension is not None and extension.cpu_isa() == "amx"
 
 
 def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:

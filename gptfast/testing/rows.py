@@ -22,6 +22,7 @@ from gptfast.testing import (
     layer_norm,
     linear_cross_entropy,
     linear_decode,
+    linear_gelu,
     rms_norm,
     rope,
 )
@@ -45,6 +46,7 @@ OPS: Mapping[str, OpRow] = {
     "layer_norm": layer_norm.ROW,
     "linear_cross_entropy": linear_cross_entropy.ROW,
     "linear_decode": linear_decode.ROW,
+    "linear_gelu": linear_gelu.ROW,
     "rms_norm": rms_norm.ROW,
     "rope": rope.ROW,
 }
