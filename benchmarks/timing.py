@@ -50,6 +50,8 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds per call of every contender in each of `rounds` rounds.
 
+    Every second round goes through them backwards: none is always the one that comes after another.
+
     Args:
         contenders: what to call, by name.
         rounds: turns each contender gets.
@@ -61,8 +63,9 @@ def take_turns(
         for _ in range(warmup):
             call()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
+    for number in range(rounds):
+        order = list(contenders.items())
+        for name, call in reversed(order) if number % 2 else order:
             calls = 0
             start = time.perf_counter()
             while calls == 0 or time.perf_counter() - start < seconds_per_turn:

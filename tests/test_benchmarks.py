@@ -111,7 +111,7 @@ def test_contenders_take_turns():
     order = []
     contenders = {name: (lambda name=name: order.append(name)) for name in "ab"}
     timings = interleave(contenders, rounds=3, warmup=1, seconds_per_turn=0)
-    assert "".join(order) == "ab" + "ab" * 3
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
     assert set(timings) == {"a", "b"}
 
 
