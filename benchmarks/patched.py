@@ -161,7 +161,8 @@ class Row:
     """A line of the table: seconds of the unpatched and of the patched model.
 
     `ratio` says how many times faster the patched model is: the median over the rounds, which lies
-    from `low` to `high` with 95 % confidence; None where the rounds were not kept.
+    from `low` to `high` with 95 % confidence; None where there were too few rounds to say so.
+    A family that failed has no figures. forced: every op, also where it was measured to be slower.
     """
 
     family: str
@@ -170,13 +171,14 @@ class Row:
     compiled: bool
     threads: int
     replaced: int
-    unpatched: float
-    patched: float
-    ratio: float
+    unpatched: float | None
+    patched: float | None
+    ratio: float | None
     low: float | None
     high: float | None
     torch_version: str
-    failed: str = ""  # what went wrong: then there are no figures
+    failed: str = ""  # what went wrong
+    forced: bool = False
 
 
 def check(family: Family, model: nn.Module, patched: nn.Module) -> None:
@@ -307,12 +309,15 @@ def run_family(
                     low=ratio.low,
                     high=ratio.high,
                     torch_version=str(torch.__version__),
+                    forced=force,
                 )
             )
     return rows
 
 
-def failed_family(name: str, dtype: str, compiled: bool, error: Exception) -> list[Row]:
+def failed_family(
+    name: str, dtype: str, compiled: bool, error: Exception, force: bool
+) -> list[Row]:
     """The rows of a family that could not be timed."""
     return [
         Row(
@@ -322,13 +327,14 @@ def failed_family(name: str, dtype: str, compiled: bool, error: Exception) -> li
             compiled=compiled,
             threads=torch.get_num_threads(),
             replaced=0,
-            unpatched=0.0,
-            patched=0.0,
-            ratio=0.0,
-            low=0.0,
-            high=0.0,
+            unpatched=None,
+            patched=None,
+            ratio=None,
+            low=None,
+            high=None,
             torch_version=str(torch.__version__),
             failed=f"{type(error).__name__}: {error}",
+            forced=force,
         )
         for work in works_of(name, compiled)
     ]
@@ -468,20 +474,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (family, dtype, work), by_mode in lines.items():
-        cells = [family, dtype, work, str(next(iter(by_mode.values())).replaced)]
+        cells = [family, dtype, work, str(max(row.replaced for row in by_mode.values()))]
         for mode in (False, True):
-            if mode not in by_mode:
-                cells += ["", "", ""]
-                continue
-            row = by_mode[mode]
-            ratio = f"{row.ratio:.2f}"
-            ratio = f"**{ratio}**" if row.ratio < 0.97 else ratio
-            if row.low is not None:
-                ratio += f" ({row.low:.2f} to {row.high:.2f})"
-            seconds = [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
-            cells += ["failed", "", ""] if row.failed else seconds
+            cells += _figures(by_mode.get(mode))
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def _figures(row: Row | None) -> list[str]:
+    """Milliseconds of both models and their ratio."""
+    if row is None or row.unpatched is None or row.patched is None or row.ratio is None:
+        return ["" if row is None else "failed", "", ""]
+    ratio = f"{row.ratio:.2f}"
+    ratio = f"**{ratio}**" if float(ratio) < 0.97 else ratio
+    if row.low is not None:
+        ratio += f" ({row.low:.2f} to {row.high:.2f})"
+    return [f"{1e3 * row.unpatched:.1f}", f"{1e3 * row.patched:.1f}", ratio]
 
 
 def markdown_of_modules(rows: list[dict[str, Any]]) -> str:
@@ -510,7 +518,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def write(file: Path, rows: list[Any]) -> None:
-    """Put rows into a JSON file, in place of those of the same work that are there."""
+    """Put rows into a JSON file, in place of those of the same work that are there.
+
+    One that failed replaces no figures: a mishap would lose what took an hour.
+    """
     fresh = [asdict(row) for row in rows]
     figures = {"unpatched", "patched", "ratio", "low", "high"}
     figures |= {"replaced", "threads", "torch_version", "failed"}
@@ -518,7 +529,9 @@ def write(file: Path, rows: list[Any]) -> None:
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(value for name, value in row.items() if name not in figures)
 
-    kept = read(file)
+    kept = [asdict(Row(**row)) if "family" in row else row for row in read(file)]
+    known = {key(row) for row in kept if row["unpatched"] is not None}
+    fresh = [row for row in fresh if row["unpatched"] is not None or key(row) not in known]
     replaced = {key(row) for row in fresh}
     kept = [row for row in kept if key(row) not in replaced]
     lines = ",\n".join(json.dumps(row) for row in [*kept, *fresh])
@@ -581,13 +594,13 @@ def main(
     if resume and (json_file is None or modules):
         raise SystemExit("--resume: expected --json FILE, and no --modules")
     there = [Row(**row) for row in read(json_file)] if resume and json_file else []
-    others = {row.torch_version for row in there} - {str(torch.__version__)}
-    if others:
+    here = (str(torch.__version__), torch.get_num_threads())
+    for version, threads in {(row.torch_version, row.threads) for row in there} - {here}:
         raise SystemExit(
-            f"--resume: expected rows of torch {torch.__version__} in {json_file}, "
-            f"got some of {', '.join(sorted(others))}"
+            f"--resume: expected rows of torch {here[0]} and {here[1]} threads in {json_file}, "
+            f"got some of torch {version} and {threads}"
         )
-    finished = (row for row in there if not row.failed and row.low is not None)
+    finished = (row for row in there if row.low is not None and row.forced == force)
     done = {(row.family, row.work, row.dtype, row.compiled) for row in finished}
     rows: list[Any] = []
     start = time.monotonic()
@@ -600,14 +613,15 @@ def main(
             try:
                 fresh = list(run_family(name, kind, compiled, rounds, seconds, console, force))
             except Exception as error:  # the other families are timed all the same
-                fresh = list(failed_family(name, kind, compiled, error))
+                fresh = list(failed_family(name, kind, compiled, error, force))
         rows += fresh
         if json_file is not None:
             write(json_file, fresh)
         mode = "compiled" if compiled else "eager"
-        results = [f"{row.work} {row.ratio:.2f}" for row in fresh]
         if not modules and fresh[0].failed:
             results = [f"failed, {fresh[0].failed}"]
+        else:
+            results = [f"{row.work} {row.ratio:.2f}" for row in fresh]
         console.print(
             f"{time.monotonic() - start:5.0f} s  {name}, {kind}, {mode}: {', '.join(results)}",
             markup=False,

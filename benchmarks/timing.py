@@ -89,18 +89,20 @@ class Ratio:
     """How many times as long one contender takes as another: median, and where it surely lies."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def paired_ratio(times: Sequence[float], others: Sequence[float]) -> Ratio:
     """times / others, round by round: what slows a machine down slows both of a round.
 
     From `low` to `high` the median of infinitely many rounds lies with 95 % confidence, whatever
-    the distribution: of n ratios, as many lie below it as heads in n throws of a coin.
+    the distribution, if no round has to do with another: of n ratios, as many lie below it as
+    heads in n throws of a coin. Fewer than six rounds can not say so much: None.
     """
     ratios = sorted(a / b for a, b in zip(times, others, strict=True))
     n = len(ratios)
     at_most = accumulate(math.comb(n, k) / 2**n for k in range(n))  # k heads
-    k = max(sum(p <= 0.025 for p in at_most) - 1, 0)  # 0 is less sure, with fewer than six rounds
-    return Ratio(statistics.median(ratios), ratios[k], ratios[n - 1 - k])
+    k = sum(p <= 0.025 for p in at_most) - 1
+    low, high = (ratios[k], ratios[n - 1 - k]) if k >= 0 else (None, None)
+    return Ratio(statistics.median(ratios), low, high)

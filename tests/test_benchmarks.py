@@ -135,6 +135,8 @@ def test_a_paired_ratio_does_not_see_a_machine_that_slows_down():
 def test_the_interval_of_a_paired_ratio():
     ratio = paired_ratio(range(1, 32), [1.0] * 31)  # 10th and 22nd of 31: 97.1 %, the next 92.9 %
     assert (ratio.median, ratio.low, ratio.high) == (16.0, 10.0, 22.0)
+    ratio = paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)  # even from 1 to 5: 93.8 %
+    assert (ratio.median, ratio.low, ratio.high) == (3.0, None, None)
 
 
 def test_table_names_every_row(capsys):

@@ -16,17 +16,23 @@ def test_a_default_device_does_not_reach_the_kernels():
     x = torch.randn(4, 8, requires_grad=True)
     q = torch.randn(1, 2, 5, 4, requires_grad=True)
     target = torch.tensor([0, 1, 2, 3])
+    h = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)  # on AMX in tiles
+    w, b = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(48)
+    expected = gptfast.linear_gelu(h, w, b)
     with torch.device("meta"):
         results = [
             gptfast.layer_norm(x),
             gptfast.cross_entropy(x, target),
             gptfast.attention(q, q, q),
+            gptfast.linear_gelu(h, w, b),
+            gptfast.linear_cross_entropy(h[:4], w, target),
         ]
         grads = [
             torch.autograd.grad(r.sum(), leaf)[0]
-            for r, leaf in zip(results, (x, x, q), strict=True)
+            for r, leaf in zip(results, (x, x, q, h, h), strict=True)
         ]
     assert all(t.device.type == "cpu" for t in (*results, *grads))
+    assert torch.equal(results[3], expected)
 
 
 def test_autocast_does_not_mix_in_float64_or_integers():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gptfast
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops.library import has_tiles
-from gptfast.ops.linear_gelu import FEWEST_ROWS
-from gptfast.ops.linear_gelu import is_faster as linear_gelu_is_faster
+from gptfast.ops.linear_gelu import FEWEST_ROWS, ROWS_OF_A_THREAD
 from gptfast.testing import record_calls
 
 SIZES = {"block_size": 12, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -115,18 +115,57 @@ def test_without_hooks_it_is_fused():
     assert "bias_gelu_fwd" not in fused(model)
 
 
+@pytest.fixture
+def mlp():
+    return new_model("gpt2").transformer["h"][0].mlp.bfloat16()
+
+
+def took_linear_gelu(mlp, x):
+    with record_calls() as recorded:
+        y = mlp(x)
+    return y, any("linear_gelu" in call.op.name() for call in recorded.calls)
+
+
 @pytest.mark.skipif(not has_tiles(), reason="linear_gelu is for processors with AMX")
 @torch.no_grad()
-def test_the_mlp_takes_linear_gelu_in_tiles():
-    mlp = new_model("gpt2").transformer["h"][0].mlp.bfloat16()
-    x = torch.randn(FEWEST_ROWS, mlp.c_fc.in_features, dtype=torch.bfloat16)
-    assert linear_gelu_is_faster(x)
-    assert not linear_gelu_is_faster(x[1:])
+def test_the_mlp_takes_linear_gelu_in_tiles(mlp):
+    rows = max(FEWEST_ROWS, ROWS_OF_A_THREAD * torch.get_num_threads())
+    x = torch.randn(2, rows // 2, mlp.c_fc.in_features, dtype=torch.bfloat16)
+    y, taken = took_linear_gelu(mlp, x)
+    assert taken
     wide = F.gelu(F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias).float(), approximate="tanh")
-    # Outputs of up to 2 in bfloat16, after two roundings of what they are the sums of.
-    torch.testing.assert_close(mlp(x), mlp.c_proj(wide.bfloat16()), rtol=0, atol=2 * 2.0**-7)
-    mlp.c_fc.register_forward_hook(lambda module, args, output: 0 * output)
-    torch.testing.assert_close(mlp(x), mlp.c_proj.bias.expand(FEWEST_ROWS, -1))
+    expected = mlp.c_proj(wide.bfloat16())
+    # h and what GELU makes of it are rounded once more or less than there, each to 2^-8 of itself.
+    assert (y - expected).norm() <= 2 * 2.0**-8 * expected.norm()
+    assert not took_linear_gelu(mlp, x[:, 1:])[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not took_linear_gelu(mlp.float(), x.float())[1]
+    mlp.bfloat16().c_fc.register_forward_hook(lambda module, args, output: 0 * output)
+    y, taken = took_linear_gelu(mlp, x)
+    assert not taken
+    torch.testing.assert_close(y, mlp.c_proj.bias.expand_as(y))
+
+
+@torch.no_grad()
+def test_the_mlp_exports_for_any_number_of_tokens(mlp):
+    tokens = torch.export.Dim("T", min=2, max=4096)
+    example = torch.randn(1, 600, mlp.c_fc.in_features, dtype=torch.bfloat16)
+    exported = torch.export.export(mlp, (example,), dynamic_shapes={"x": {1: tokens}}).module()
+    for T in (100, 700):
+        x = torch.randn(1, T, mlp.c_fc.in_features, dtype=torch.bfloat16)
+        torch.testing.assert_close(exported(x), mlp(x), rtol=2.0**-6, atol=2.0**-6)
+
+
+def test_linear_gelu_exports_for_any_number_of_tokens():
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return gptfast.linear_gelu(x, self.weight, self.bias)
+
+    layer, tokens = Layer(16, 24), torch.export.Dim("T", min=2, max=4096)
+    example = torch.randn(1, 20, 16)
+    exported = torch.export.export(layer, (example,), dynamic_shapes={"x": {1: tokens}}).module()
+    x = torch.randn(1, 33, 16)
+    torch.testing.assert_close(exported(x), layer(x))
 
 
 def test_a_head_with_a_hook_makes_logits():

@@ -86,7 +86,7 @@ def time_work(
         best = min(timings[name].median for name in probes)
         ceiling = (limit.bytes or limit.flops) / amount * best
         del probes
-        peers = [timings[name].median for name in contenders if name != OURS]
+        peers = [timings[name].median for name in contenders if not name.startswith(OURS)]
         for name in list(contenders):
             used = _memory(contenders, name, held=passes == "step")
             emit(_row(work, dtype, passes, name, timings[name], limit, ceiling, min(peers), used))

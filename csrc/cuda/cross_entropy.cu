@@ -4,8 +4,8 @@
 // One block per row. Forward reads the logits once, each thread with a running maximum and sum of
 // its own; backward reads x and writes dx once. Both in one, where the gradient of the loss is known
 // before, read x once and write dx: shared memory keeps the row in between, or as much of it as it
-// has room for. Rows are swept by packs of 16 bytes, with single elements before the first aligned address and behind the
-// last: an odd V, as GPT-2's, moves every row against the packs.
+// has room for. Rows are swept by packs of 16 bytes, with single elements before the first aligned
+// address and behind the last: an odd V, as GPT-2's, moves every row against the packs.
 #include "common.cuh"
 #include "launchers.h"
 

@@ -84,7 +84,11 @@ class MLP(nn.Module):
         if self.kind != "gelu":
             return ACTIVATIONS[self.kind](self.c_fc(x))
         b = late_bias(self.c_fc)
-        if b is not None and is_plain(self.c_fc, nn.Linear) and linear_gelu_is_faster(x):
+        if (
+            b is not None
+            and is_plain(self.c_fc, nn.Linear)
+            and linear_gelu_is_faster(x, self.c_fc.weight)
+        ):
             return linear_gelu(x, self.c_fc.weight, b)
         h = product(self.c_fc, x)
         return gelu(h) if b is None else bias_gelu(h, b)

@@ -281,5 +281,5 @@ def in_tiles(x: torch.Tensor) -> bool:
 
 def call_in_tiles(kernel: Any, *args: Any) -> None:
     """Call a kernel that says itself how much workspace it wants."""
-    memory = torch.empty(kernel(*args, 0), dtype=torch.uint8)
+    memory = torch.empty(kernel(*args, 0), dtype=torch.uint8, device="cpu")
     kernel(*args, memory.data_ptr())

@@ -188,7 +188,7 @@ def cpu_fwd(
     check_targets("linear_cross_entropy", target, w.shape[0], ignore_index)
     x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
     b, class_weight = fp32_parameter(b), fp32_parameter(class_weight)
-    loss = torch.empty(x.shape[0], dtype=torch.float32)
+    loss = x.new_empty(x.shape[0], dtype=torch.float32)
     lse = torch.empty_like(loss)
     call_in_tiles(
         backend.extension().linear_cross_entropy_fwd,  # type: ignore[union-attr]
@@ -222,9 +222,9 @@ def cpu_bwd(
     x, w, target = x.contiguous(), w.contiguous(), target.contiguous()
     dloss, lse, kept_b = dloss.contiguous(), lse.contiguous(), fp32_parameter(b)
     class_weight = fp32_parameter(class_weight)
-    dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
-    dw = torch.empty(w.shape if needs[1] else 0, dtype=w.dtype)
-    db = torch.empty(w.shape[0] if needs[2] else 0, dtype=torch.float32)
+    dx = x.new_empty(x.shape if needs[0] else 0)
+    dw = w.new_empty(w.shape if needs[1] else 0)
+    db = x.new_empty(w.shape[0] if needs[2] else 0, dtype=torch.float32)
     call_in_tiles(
         backend.extension().linear_cross_entropy_bwd,  # type: ignore[union-attr]
         *map(pointer, (dloss, x, w, kept_b, target, class_weight, lse)),

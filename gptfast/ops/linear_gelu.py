@@ -6,18 +6,21 @@ dz = dy (Phi(z) + z Phi'(z)),   dx = dz w,   dw = dz^T x,   dbias_j = sum_i dz_i
 
 h is kept for it: to multiply again would take longer than to write it and read it. On a CPU with
 tiles (AMX) the bfloat16 product is a loop of our own, in which GELU takes each piece of h while the
-next one is made, so that h is never read; elsewhere it is PyTorch's product and then `bias_gelu`,
-which was as fast in float32 as chunks of rows that stay in a cache.
+next one is made, so that h is never read; elsewhere it is PyTorch's product and then `bias_gelu` of
+that device, which in float32 on a CPU was as fast as chunks of rows that stay in a cache.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from gptfast import backend
 from gptfast.ops.bias_gelu import OP as BIAS_GELU
+from gptfast.ops.bias_gelu import bias_gelu
 from gptfast.ops.gelu import check_approximate
 from gptfast.ops.library import (
     call_in_tiles,
@@ -30,16 +33,17 @@ from gptfast.ops.library import (
     has_tiles,
     in_tiles,
     pointer,
-    product_dtype,
     statistics_dtype,
 )
 
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# From how many rows on the tile loop beat the product and bias_gelu, of 768 columns to
-# 3072: with fewer, packing w takes too much of the time.
-FEWEST_ROWS = 512
+# From how many rows on the tile loop beat the product and bias_gelu, of 768 columns to 3072: with
+# fewer, packing w takes too much of the time. Threads share out 32 rows at a time: each has four.
+FEWEST_ROWS, ROWS_OF_A_THREAD = 512, 128
+# Up to how many columns of x: a block of w, packed, then fits into the second-level cache.
+MOST_COLUMNS = 1024
 
 
 def _composite(activation: backend.Implementation) -> backend.Implementation:
@@ -103,18 +107,23 @@ OP = backend.Op(
 )
 
 
-def is_faster(x: torch.Tensor) -> bool:
+def is_faster(x: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether a model should take this op rather than a product and `bias_gelu`.
 
     Not where h must be written for backward: that leaves less than 5 % of both passes to be won,
-    and nothing on two threads where the memory of h and y is fresh.
+    and nothing on two threads where the memory of h and y is fresh. Not in what is compiled or
+    exported, where the number of rows would become a guard. Not where autocast, whose copies of
+    weights `F.linear` keeps, would have to cast w again.
     """
-    if torch.is_grad_enabled():
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if torch.is_grad_enabled() or traced:
         return False
-    rows = x.shape[:-1].numel()
-    if x.device.type != "cpu" or product_dtype(x) is not torch.bfloat16 or not has_tiles():
+    kinds = {type(x), type(w)} <= {torch.Tensor, torch.nn.Parameter}
+    if not kinds or not x.dtype is w.dtype is torch.bfloat16 or x.device.type != "cpu":
         return False
-    return rows >= FEWEST_ROWS
+    rows, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    enough = rows >= max(FEWEST_ROWS, ROWS_OF_A_THREAD * threads)
+    return enough and x.shape[-1] <= MOST_COLUMNS and has_tiles()
 
 
 def _fwd(x: torch.Tensor, *args: Any) -> Tensors2:
@@ -229,9 +238,11 @@ def linear_gelu(
         check_dtypes(op, x.dtype, weight=weight)
     check_device(op, x.device, weight=weight, bias=bias)
     check_approximate(op, approximate)
+    if x.device.type != "cpu":
+        return bias_gelu(F.linear(x, weight), bias, approximate)
     shape = *x.shape[:-1], weight.shape[0]
     keep = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or bias.requires_grad
     )
-    rows = x.reshape(x.shape[:-1].numel(), C)
+    rows = x.reshape(math.prod(x.shape[:-1]), C)
     return linear_gelu_fwd(rows, weight, bias, approximate, keep)[0].view(shape)
