@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import gptfast  # noqa: E402
 from benchmarks.huggingface_models import CAUSAL, CONFIGS, new_batch, new_model  # noqa: E402
 from gptfast.integrations import huggingface_attention as hf_attention  # noqa: E402
 from gptfast.integrations.huggingface_recipes import next_token_loss  # noqa: E402
 from gptfast.patching import OPS  # noqa: E402
-from gptfast.testing import assert_close_in_norm  # noqa: E402
+from gptfast.testing import assert_close_in_norm, record_calls  # noqa: E402
 from gptfast.testing.judge import unit_roundoff  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +85,7 @@ def test_everything_of_a_family_is_replaced(family):
     if family in ("gpt2", "gpt_neox", "phi", "bert", "vit"):
         expected.add("gelu")
     assert expected <= ops
-    assert model.config._attn_implementation == "gptfast"
+    assert model.config._attn_implementation.startswith("gptfast")
     for training in (True, False):
         output = model.train(training)(**new_batch(family))
         assert ("logits" in output) == (not (family in CAUSAL and training))
@@ -129,7 +132,8 @@ def test_greedy_text(family, cache):
         given = {"input_ids": ids[rows], "attention_mask": mask[rows].long()}
         hf_attention.FALLBACKS.clear()
         assert torch.equal(ours.generate(**given, **options), model.generate(**given, **options))
-        assert not hf_attention.FALLBACKS
+        prompt = {HIDDEN_FROM_EAGER: 2} if family == "gemma2" and len(ids[rows]) > 1 else {}
+        assert dict(hf_attention.FALLBACKS) == prompt
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -158,6 +162,83 @@ def test_a_patched_model_is_saved_as_the_original(tmp_path):
     gptfast.unpatch(model)
     batch = new_batch("llama")
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+# ---- Which modules run ours: the choice of attention is a config's -------------------------------
+
+
+def attention_calls(model, family="llama"):
+    """How many layers of a model, of which only attention is patched, run ours."""
+    with torch.no_grad(), record_calls() as recorded:
+        model(**new_batch(family, padded=False))
+    return len(recorded.calls)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_two_models_with_one_config(family):
+    first = new_model(family).eval()
+    before, config = first.config._attn_implementation, first.config
+    second = transformers.AutoModelForCausalLM.from_config(config).eval()
+    batch = new_batch("llama")  # padded
+    expected = second(**batch).logits
+    gptfast.patch(first, ops="attention")
+    assert [attention_calls(m, family) for m in (first, second)] == [2, 0]
+    assert torch.equal(second(**batch).logits, expected)
+    third = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    assert attention_calls(third, family) == 0
+    gptfast.patch(second, ops="attention")
+    gptfast.unpatch(first)
+    assert [attention_calls(m, family) for m in (first, second)] == [0, 2]
+    gptfast.unpatch(second)
+    assert config._attn_implementation == before
+
+
+def test_one_layer_alone():
+    model = new_model("llama").eval()
+    layers = model.model.layers
+    gptfast.patch(layers[0], ops="attention")
+    assert attention_calls(model) == 1
+    copied = copy.deepcopy(model)
+    gptfast.unpatch(model)
+    assert [attention_calls(m) for m in (model, copied)] == [0, 1]
+    gptfast.patch(copied.model.layers[1], ops="attention")
+    gptfast.unpatch(copied.model.layers[0])
+    assert attention_calls(copied) == 1
+    layers[1].self_attn.forward = layers[1].self_attn.forward
+    report = gptfast.patch(model, ops="attention")
+    assert [entry.name for entry in report.left] == ["model.layers.1.self_attn"]
+    assert attention_calls(model) == 1
+
+
+def test_what_the_user_chooses_after_the_patch_stays():
+    model = new_model("llama")
+    gptfast.patch(model, ops="attention")
+    model.set_attn_implementation("eager")
+    gptfast.unpatch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_pickled_model_makes_ours_known_to_transformers(monkeypatch):
+    model = patched(new_model("llama")).eval()
+    pickled, expected = pickle.dumps(model), model(**new_batch("llama")).logits
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        theirs = {name: f for name, f in interface._global_mapping.items() if "gptfast" not in name}
+        monkeypatch.setattr(interface, "_global_mapping", theirs)
+    assert torch.equal(pickle.loads(pickled)(**new_batch("llama")).logits, expected)
+
+
+@pytest.mark.slow  # 8 s: it imports torch and transformers again
+def test_a_pickled_model_runs_in_a_fresh_process(tmp_path):
+    model = patched(new_model("llama")).eval()
+    batch = new_batch("llama")
+    torch.save((model, batch, model(**batch).logits), tmp_path / "model.pt")
+    script = """
+import sys, torch
+torch.set_num_threads(1)
+model, batch, expected = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(**batch).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True)
 
 
 # ---- The loss head -------------------------------------------------------------------------------
@@ -364,11 +445,10 @@ def test_gradient_checkpointing(use_reentrant):
     """Also with dropout: what is computed again must drop the same."""
     model = patched(new_model("gpt2", attn_pdrop=0.3))
     batch = new_batch("gpt2")
-    batch["attention_mask"] = batch["attention_mask"].flip(1)  # on the left: packed sequences
     gradients = []
-    for checkpoint in (False, True):
+    for checkpointing in (False, True):
         model.zero_grad()
-        if checkpoint:
+        if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.manual_seed(2)
         hf_attention.FALLBACKS.clear()
@@ -427,9 +507,8 @@ def test_accelerate_with_mixed_precision():
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_compiles_without_a_break(family):
     model = new_model(family)
-    ours, batch = patched(model), new_batch(family)
-    del batch["attention_mask"]  # its values cannot be read while compiling
-    batch["labels"] = batch["input_ids"]
+    ours = patched(model)
+    batch = new_batch(family, padded=False)  # a mask's values cannot be read while compiling
     exact = logits_and_gradients(copy.deepcopy(model).double(), batch)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     results = {
@@ -472,6 +551,10 @@ def masks(kind, **sizes):
     return hf_attention.prepare_mask(**sizes), sdpa_mask(**sizes)
 
 
+PADDED_ON_THE_RIGHT = "padding on the right, with causality or a window"
+HIDDEN_FROM_EAGER = "queries on padding, which eager attention lets see every key alike"
+
+
 def padding(S, starts=(0, 0, 0), ends=None):
     j = torch.arange(S)
     ends = (S,) * 3 if ends is None else ends
@@ -488,14 +571,6 @@ CALLS = {
     "left, window": (
         "window",
         {"q_length": 20, "kv_length": 20, "attention_mask": padding(20, (0, 3, 11))},
-    ),
-    "right": (
-        "causal",
-        {"q_length": 20, "kv_length": 20, "attention_mask": padding(20, ends=(20, 14, 1))},
-    ),
-    "both": (
-        "causal",
-        {"q_length": 20, "kv_length": 20, "attention_mask": padding(20, (0, 2, 5), (20, 14, 9))},
     ),
     "decode": ("causal", {"q_length": 1, "q_offset": 22, "kv_length": 23}),
     "decode, window": ("window", {"q_length": 1, "q_offset": 22, "kv_length": 23}),
@@ -577,37 +652,83 @@ def test_attention_takes_what_a_mask_says(name, softcap):
 
 def test_what_attention_leaves_to_transformers():
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import chunked_causal_mask_function
+    from transformers.masking_utils import (
+        causal_mask_function,
+        chunked_causal_mask_function,
+        or_masks,
+        sliding_window_overlay,
+    )
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, h, 20, 8) for h in (4, 2, 2))
     holes = padding(20)
     holes[1, 5] = False
     chunked = chunked_causal_mask_function(4, torch.zeros(3, dtype=int))
+    union = or_masks(sliding_window_overlay(4), causal_mask_function)
     own = torch.rand(3, 1, 20, 20) < 0.9
+    both_sides = padding(20, (0, 2, 5), (20, 14, 9))
     sizes = {"q_length": 20, "kv_length": 20}
-    for reason, mask in {
-        "the padding mask has holes": masks("causal", **sizes, attention_mask=holes)[0],
-        "the mask is of another kind than causal, window or padding": masks(
-            "causal", **sizes, mask_function=chunked
-        )[0],
-        "a mask of the caller's": own,
-    }.items():
+    other_kind = "the mask is of another kind than causal, window or padding"
+    for mask, reason in (
+        (masks("causal", **sizes, attention_mask=holes)[0], "the padding mask has holes"),
+        (masks("causal", **sizes, mask_function=chunked)[0], other_kind),
+        (masks("causal", **sizes, mask_function=union)[0], other_kind),
+        (masks("causal", **sizes, attention_mask=both_sides)[0], PADDED_ON_THE_RIGHT),
+        (own, "a mask of the caller's"),
+    ):
         hf_attention.FALLBACKS.clear()
         y, _ = hf_attention.attention_forward(Layer(), q, k, v, mask)
         assert torch.equal(y, sdpa_attention_forward(Layer(), q, k, v, mask)[0])
         assert dict(hf_attention.FALLBACKS) == {reason: 1}
-
-
-def test_a_text_may_go_on_from_padding_on_the_right():
-    model = new_model("llama").eval()
-    ours, batch = patched(model), new_batch("llama")  # two of its rows end in padding
     hf_attention.FALLBACKS.clear()
-    with torch.no_grad():
-        got, expected = ours(**batch).logits, model(**batch).logits
-    torch.testing.assert_close(got, expected)  # the rows of the padding, too
-    reason = "padding on the right, without gradients: a text may go on from there"
-    assert dict(hf_attention.FALLBACKS) == {reason: 2}
+    y, _ = hf_attention.attention_forward(Layer(), q, k, v, None, dropout=1.0)
+    assert y.eq(0).all()
+    assert dict(hf_attention.FALLBACKS) == {"a dropout probability of 1": 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_somebody_reads(family, side):
+    """Where labels are not masked on padding, a text goes on from it, or its logits are read."""
+    model, batch = new_model(family), new_batch("llama")
+    if side == "right":
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+    batch["labels"] = batch["input_ids"]
+    results = []
+    for m in (patched(model), model):
+        hf_attention.FALLBACKS.clear()
+        loss = m(**batch).loss
+        gradients = torch.autograd.grad(loss, list(m.parameters()))
+        with torch.no_grad():
+            results.append((loss, gradients, m.eval()(**batch).logits))
+        if m is not model:
+            counted = dict(hf_attention.FALLBACKS)
+    torch.testing.assert_close(*results)
+    reason = PADDED_ON_THE_RIGHT if side == "right" else HIDDEN_FROM_EAGER
+    layers = len(model.model.layers)
+    left = side == "right" or family == "gemma2"  # in both forwards
+    assert counted == ({reason: 2 * layers} if left else {})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_in_a_reentrant_checkpoint(side):
+    """Its first pass has no gradients: what is computed again must take the same attention."""
+    model, batch = patched(new_model("llama", attention_dropout=0.5)), new_batch("llama")
+    if side == "right":
+        batch = {name: x.flip(1) for name, x in batch.items()}
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+
+    def loss_of(x):
+        return model(inputs_embeds=x, **batch).loss
+
+    results = []
+    for run in (loss_of, lambda x: checkpoint(loss_of, x, use_reentrant=True)):
+        torch.manual_seed(2)
+        embeddings.grad = None
+        loss = run(embeddings)
+        loss.backward()
+        results.append((loss.detach(), embeddings.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_a_plan_is_of_its_mask_alone():

@@ -20,7 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from gptfast.integrations.huggingface_recipes import SWITCHED
 from gptfast.ops.attention import attention
 from gptfast.ops.attention_decode import MAX_QUERIES, attention_decode
 from gptfast.ops.attention_varlen import attention_varlen
@@ -47,6 +48,9 @@ def register() -> None:
     """Make "gptfast" an attention implementation of transformers. Twice is as good as once."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, prepare_mask)
+    for original, name in SWITCHED.items():
+        AttentionInterface.register(name, partial(attention_forward, original=original))
+        AttentionMaskInterface.register(name, prepare_mask)
 
 
 # ---- Once in a forward ---------------------------------------------------------------------------
@@ -137,8 +141,7 @@ def prepare_mask(
     # Now, since a static cache adds to its offset while the layers run.
     filled = int(q_offset) + q_length - kv_offset if pattern[0] else kv_length
     sizes = filled, q_length, kv_length, kv_offset
-    goes_on = not torch.is_grad_enabled()  # now, since a checkpoint has none in the layers
-    _remember(mask, lambda: _plan(*pattern, *sizes, attention_mask, goes_on))
+    _remember(mask, lambda: _plan(*pattern, *sizes, attention_mask))
     return mask
 
 
@@ -149,16 +152,26 @@ def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, tuple[int, int] |
     if mask_function is bidirectional_mask_function:
         return False, None
     # A window is the intersection of an overlay, which knows its width, and one of the above.
-    parts = _closure(mask_function).get("mask_functions", ())
-    if len(parts) != 2 or parts[1] not in (causal_mask_function, bidirectional_mask_function):
+    if _maker(mask_function) != "and_masks":
         return None
-    width: int = _closure(parts[0]).get("sliding_window", 0)
-    name = parts[0].__qualname__.partition(".")[0]
-    if name == "sliding_window_overlay" and parts[1] is causal_mask_function:
+    parts = _closure(mask_function)["mask_functions"]
+    if len(parts) != 2:
+        return None
+    overlay, width = _maker(parts[0]), _closure(parts[0]).get("sliding_window", 0)
+    if overlay == "sliding_window_overlay" and parts[1] is causal_mask_function:
         return True, (width - 1, 0)
-    if name == "sliding_window_bidirectional_overlay" and parts[1] is bidirectional_mask_function:
+    if (
+        overlay == "sliding_window_bidirectional_overlay"
+        and parts[1] is bidirectional_mask_function
+    ):
         return False, (width, width)
     return None
+
+
+def _maker(function: Any) -> str | None:
+    """The function of transformers that has made this one."""
+    theirs = getattr(function, "__module__", None) == causal_mask_function.__module__
+    return function.__qualname__.partition(".<locals>")[0] if theirs else None
 
 
 def _closure(function: Any) -> dict[str, Any]:
@@ -175,12 +188,8 @@ def _plan(
     kv_length: int,
     kv_offset: int,
     attention_mask: torch.Tensor | None,
-    goes_on: bool,
 ) -> Planned:
-    """The plan of a mask with this pattern, or the reason why there is none.
-
-    goes_on: whether a text may go on from the last token, although it is padding.
-    """
+    """The plan of a mask with this pattern, or the reason why there is none."""
     if not 0 < filled <= kv_length:
         return "the cache has dropped keys that the mask counts"
     if attention_mask is None:
@@ -194,15 +203,9 @@ def _plan(
         start, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (filled, filled)
         if end - start != len(seen):
             return "the padding mask has holes"
-        if causal and end < filled:
-            # Causality hides padding at the end of the new tokens, but not among the old ones.
-            if end <= filled - q_length:
-                return "the padding mask hides new tokens"
-            if goes_on:
-                return "padding on the right, without gradients: a text may go on from there"
-            end = filled
-        if window is not None and end < filled:
-            return "padding on the right of a window without causality"
+        # The kernel takes the last query to stand at the last key.
+        if end < filled and (causal or window is not None):
+            return "padding on the right, with causality or a window"
         rows.append((start, end))
     if all(row == (0, filled) for row in rows):
         return Plan(causal, window, filled)
@@ -226,6 +229,7 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    original: str | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The entry in transformers' attention registry.
@@ -240,6 +244,8 @@ def attention_forward(
         scaling: of the scores; None means 1 / sqrt(D).
         is_causal: in place of the module's.
         softcap: of the scores.
+        original: the attention, "sdpa" or "eager", of a config that `gptfast.patch` has switched:
+            modules that are not patched keep it. None: the user chose ours, for every module.
         kwargs: what other implementations take.
 
     Returns:
@@ -248,10 +254,14 @@ def attention_forward(
     plan: Planned | None = None
     compiling = torch.compiler.is_compiling()
     patched = module if isinstance(module, Patched) else None
-    if patched is None or (
-        (compiling or query.numel() >= patched._gptfast_least) and patched.worth(query)
-    ):
-        plan = _plan_of_call(module, query, key, attention_mask, is_causal, kwargs)
+    if patched is None:
+        ours = original is None
+    else:
+        ours = (compiling or query.numel() >= patched._gptfast_least) and patched.worth(query)
+    if ours:
+        plan = _plan_of_call(module, query, key, attention_mask, is_causal, dropout, kwargs)
+        if original == "eager" and isinstance(plan, Plan) and _hides_queries(plan, query.shape[2]):
+            plan = "queries on padding, which eager attention lets see every key alike"
     if isinstance(plan, str) and not compiling:
         FALLBACKS[plan] += 1
         if patched is not None:
@@ -267,6 +277,7 @@ def attention_forward(
             scaling=scaling,
             is_causal=is_causal,
             softcap=softcap,
+            original=original,
             **kwargs,
         )
     options: dict[str, Any] = {
@@ -291,8 +302,11 @@ def _plan_of_call(
     key: torch.Tensor,
     attention_mask: torch.Tensor | None,
     is_causal: bool | None,
+    dropout: float,
     kwargs: dict[str, Any],
 ) -> Planned:
+    if dropout >= 1:
+        return "a dropout probability of 1"
     if _has_sinks(module, kwargs):
         return "attention sinks"
     if kwargs.get("position_bias") is not None:
@@ -318,6 +332,12 @@ def _plan_of_call(
 def _has_sinks(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     # Not `getattr`, which takes a microsecond to find that a module has no such parameter.
     return kwargs.get("s_aux") is not None or module._parameters.get("sinks") is not None
+
+
+def _hides_queries(plan: Plan, T: int) -> bool:
+    """Whether some of T queries see no key."""
+    last = plan.keys - (T if plan.causal else 1)  # a key that all of them would see
+    return plan.rows is not None and any(start > last for start, _ in plan.rows)
 
 
 def _decodes(query: torch.Tensor, *caches: torch.Tensor) -> bool:
@@ -382,16 +402,24 @@ def _original(
     *,
     softcap: float | None,
     is_causal: bool | None,
+    original: str | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' `sdpa`, or the eager attention in the model's file for what that cannot do."""
-    if softcap is None and not _has_sinks(module, kwargs) and not kwargs.get("output_attentions"):
+    """The original, or else transformers' `sdpa`, or what that cannot do: the model's eager one."""
+    if original is None:
+        weights = kwargs.get("output_attentions")
+        beyond = softcap is not None or weights or _has_sinks(module, kwargs)
+        original = "eager" if beyond else "sdpa"
+    if softcap is not None:
+        kwargs["softcap"] = softcap
+    if original == "sdpa":
         given = (module, query, key, value, attention_mask)
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(
             *given, is_causal=is_causal, **kwargs
         )
         return out
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    files = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+    eager = next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))
     T, S = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and T > 1:
@@ -400,8 +428,6 @@ def _original(
         least = torch.finfo(query.dtype).min
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         attention_mask = torch.where(attention_mask, zero, least)
-    if softcap is not None:
-        kwargs["softcap"] = softcap
     weighted: tuple[torch.Tensor, torch.Tensor] = eager(
         module, query, key, value, attention_mask, **kwargs
     )

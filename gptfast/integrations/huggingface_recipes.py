@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -130,30 +131,45 @@ ACTIVATIONS |= {
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-class FastAttention(Patched):
-    """The module's own forward, with `attn_implementation="gptfast"` in its config.
+# The attention that `patch` finds in a config, and the one that it sets. Its name tells what the
+# modules of that config that are not patched keep, in copies of the config, too.
+SWITCHED = {"sdpa": "gptfast_else_sdpa", "eager": "gptfast_else_eager"}
+_PATCHED: weakref.WeakSet[FastAttention] = weakref.WeakSet()
 
-    The config is the whole model's, and so is the choice: the first module that is patched makes
-    it, and takes it back.
+
+class FastAttention(Patched):
+    """The module's own forward, with our attention in its config.
+
+    The config may be many modules', and of several models: it is switched for the first one that is
+    patched, and back for the last.
     """
 
     config: Any
 
     def on_patch(self) -> None:
         """Choose our attention, where nobody has yet."""
-        from gptfast.integrations.huggingface_attention import NAME, register
-
-        register()
-        before = self.config._attn_implementation
-        if before != NAME:
-            self._gptfast_before = before
-            self.config._attn_implementation = NAME
+        self._enter()
+        chosen = self.config._attn_implementation
+        self.config._attn_implementation = SWITCHED.get(chosen, chosen)
 
     def on_unpatch(self) -> None:
-        """Choose what was chosen before."""
-        before = self.__dict__.pop("_gptfast_before", None)
-        if before is not None:
-            self.config._attn_implementation = before
+        """Choose what was chosen before, unless a module needs ours or the user chose since."""
+        _PATCHED.discard(self)
+        if not any(other.config is self.config for other in _PATCHED):
+            before = {name: before for before, name in SWITCHED.items()}
+            chosen = self.config._attn_implementation
+            self.config._attn_implementation = before.get(chosen, chosen)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a pickled module, whose process may be a new one."""
+        super().__setstate__(state)
+        self._enter()
+
+    def _enter(self) -> None:
+        from gptfast.integrations.huggingface_attention import register
+
+        register()
+        _PATCHED.add(self)
 
 
 @register(
@@ -167,7 +183,7 @@ def _attention(module: Any) -> type[Patched] | str:
     chosen = module.config._attn_implementation
     if chosen == "eager":
         return 'its attn_implementation is "eager", which can return the attention weights'
-    return _unless(chosen not in ("sdpa", "gptfast"), chosen)
+    return _if_among(("sdpa", SWITCHED["sdpa"], "gptfast"), chosen)
 
 
 @register(*_classes("Attention", "gemma2:Gemma2"), op="attention")
@@ -176,11 +192,11 @@ def _softcapped_attention(module: Any) -> type[Patched] | str:
     chosen = module.config._attn_implementation
     if getattr(module.config, "output_attentions", False):
         return "its config asks for the attention weights"
-    return _unless(chosen not in ("eager", "gptfast"), chosen)
+    return _if_among(("eager", SWITCHED["eager"], "gptfast"), chosen)
 
 
-def _unless(other: bool, chosen: str) -> type[Patched] | str:
-    return f"its attn_implementation is {chosen!r}" if other else FastAttention
+def _if_among(known: tuple[str, ...], chosen: str) -> type[Patched] | str:
+    return FastAttention if chosen in known else f"its attn_implementation is {chosen!r}"
 
 
 # ---- Loss heads ----------------------------------------------------------------------------------
