@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import gptfast
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops.library import has_tiles
-from gptfast.ops.linear_gelu import FEWEST_ROWS, ROWS_OF_A_THREAD
+from gptfast.ops.linear_gelu import ROWS_OF_A_THREAD
 from gptfast.testing import record_calls
 
 SIZES = {"block_size": 12, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -129,7 +129,7 @@ def took_linear_gelu(mlp, x):
 @pytest.mark.skipif(not has_tiles(), reason="linear_gelu is for processors with AMX")
 @torch.no_grad()
 def test_the_mlp_takes_linear_gelu_in_tiles(mlp):
-    rows = max(FEWEST_ROWS, ROWS_OF_A_THREAD * torch.get_num_threads())
+    rows = ROWS_OF_A_THREAD * torch.get_num_threads()
     x = torch.randn(2, rows // 2, mlp.c_fc.in_features, dtype=torch.bfloat16)
     y, taken = took_linear_gelu(mlp, x)
     assert taken

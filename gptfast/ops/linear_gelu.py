@@ -39,11 +39,12 @@ from gptfast.ops.library import (
 Tensors2 = tuple[torch.Tensor, torch.Tensor]
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# From how many rows on the tile loop beat the product and bias_gelu, of 768 columns to 3072: with
-# fewer, packing w takes too much of the time. Threads share out 32 rows at a time: each has four.
-FEWEST_ROWS, ROWS_OF_A_THREAD = 512, 128
-# Up to how many columns of x: a block of w, packed, then fits into the second-level cache.
-MOST_COLUMNS = 1024
+# From how many rows for each thread on the tile loop beat the product and bias_gelu, of 768 columns
+# to 3072, on one and two threads: with fewer, packing w takes too much of the time.
+ROWS_OF_A_THREAD = 512
+# Up to how many columns of x: with more, a block of w no longer fits into the second-level cache
+# together with the rest, and one of 1024 columns was no faster on two threads.
+MOST_COLUMNS = 768
 
 
 def _composite(activation: backend.Implementation) -> backend.Implementation:
@@ -121,8 +122,7 @@ def is_faster(x: torch.Tensor, w: torch.Tensor) -> bool:
     kinds = {type(x), type(w)} <= {torch.Tensor, torch.nn.Parameter}
     if not kinds or not x.dtype is w.dtype is torch.bfloat16 or x.device.type != "cpu":
         return False
-    rows, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    enough = rows >= max(FEWEST_ROWS, ROWS_OF_A_THREAD * threads)
+    enough = x.shape[:-1].numel() >= ROWS_OF_A_THREAD * torch.get_num_threads()
     return enough and x.shape[-1] <= MOST_COLUMNS and has_tiles()
 
 
