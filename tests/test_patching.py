@@ -373,7 +373,7 @@ class Counts(nn.Module):
 
 class OnData(nn.Module):
     def forward(self, x):
-        return F.gelu(x) if x.sum() > 0 else x
+        return F.gelu(x) if x.shape[0] > 0 else x
 
 
 class Gated(nn.Module):
@@ -400,7 +400,7 @@ class Gated(nn.Module):
             return self.down(F.silu(self.gate(x)) * self.up(x + 1))
         if self.form == "used twice":
             gate = self.gate(x)
-            return self.down(F.silu(gate) * self.up(x)) + gate.sum()
+            return self.down(F.silu(gate) * self.up(x) + gate)
         return self.down(F.silu(self.gate(x)) + self.up(x))
 
 
@@ -443,6 +443,155 @@ def test_modules_that_only_look_alike():
     assert model["count"].calls == 1
     for name, module in model.items():
         assert torch.equal(module(X), expected[name])
+
+
+class Watched(Gated):
+    """Does something that a graph does not show, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__("a module")
+        self.how, self.seen, self.last, self.flag = how, [], None, True
+        self.register_buffer("calls", torch.zeros(()))
+
+    def keep(self, h):
+        self.last = h
+        return h
+
+
+class Appends(Watched):
+    def forward(self, x):
+        h = self.act(self.gate(x))
+        self.seen.append(h)
+        return self.down(h * self.up(x))
+
+
+class Keeps(Watched):
+    def forward(self, x):
+        return self.down(self.keep(self.act(self.gate(x)) * self.up(x)))
+
+
+class CountsInABuffer(Watched):
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class AddsToABuffer(Watched):
+    def forward(self, x):
+        calls = self.calls
+        calls += 1
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class WithoutGradients(Watched):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class WithoutAutocast(Watched):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class ByGradients(Watched):
+    def forward(self, x):
+        gate = self.gate(x) if torch.is_grad_enabled() else self.up(x)
+        return self.down(self.act(gate) * self.up(x))
+
+
+class FromItsFile(Watched):
+    def forward(self, x):
+        log(x)
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class OfAnyInputs(Watched):
+    def forward(self, *inputs):
+        return self.down(self.act(self.gate(*inputs)) * self.up(*inputs))
+
+
+LOGGED = []
+log = LOGGED.append
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Appends, "its forward uses seen, which may do more than is seen"),
+        (Keeps, "its forward uses keep, which may do more than is seen"),
+        (CountsInABuffer, "its forward uses add_, which may do more than is seen"),
+        (AddsToABuffer, "its forward changes tensors in place"),
+        (WithoutGradients, "its forward uses no_grad, which may do more than is seen"),
+        (WithoutAutocast, "its forward uses autocast, which may do more than is seen"),
+        (ByGradients, "its forward uses is_grad_enabled, which may do more than is seen"),
+        (FromItsFile, "its forward uses log, which may do more than is seen"),
+        (OfAnyInputs, "its forward takes more than one input"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_a_graph_does_not_show_is_left_alone(cls, reason, dry_run):
+    model = cls("")
+    before = dict(vars(model))
+    report = gptfast.patch(model, ops="glu", dry_run=dry_run)
+    assert outputs(report) == set()
+    assert reasons(report) == {"": reason}
+    assert vars(model) == before
+    assert (model.seen, model.last, model.calls.item(), LOGGED) == ([], None, 0, [])
+
+
+class Helped(Watched):
+    def forward(self, x):
+        return self.down(self.helper.act(x) * F.silu(self.gate(x)))
+
+
+class Helper(nn.Module):
+    def act(self, x):
+        raise AssertionError("called by patch")
+
+
+def test_a_method_of_a_submodule_is_not_run():
+    model = Helped("")
+    model.helper, model.packed = Helper(), None
+    report = gptfast.patch(model, ops="glu")
+    assert reasons(report) == {"": "its forward uses act, which may do more than is seen"}
+
+
+class OwnNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16)), None
+        self.eps = 1e-5
+
+    def forward(self, x):
+        return F.layer_norm(x, (16,), self.weight, self.bias, self.eps)
+
+
+def test_what_was_changed_since_is_seen():
+    torch.manual_seed(0)
+    changes = [
+        (OwnNorm(), "eps", 1.0, "its eps was changed"),
+        (OwnNorm(), "bias", nn.Parameter(torch.randn(16)), "its bias was changed"),
+        (Gated("a module"), "act", nn.ReLU(), "the activation was changed"),
+        (Gated("a module"), "act", nn.GELU(), "the activation was changed"),
+        (Gated("a module"), "form", "functions", "its form was changed"),
+        (Gated("a module"), "up", nn.Linear(16, 24), None),
+    ]
+    for module, name, value, reason in changes:
+        report = gptfast.patch(module, ops=["layer_norm", "glu"])
+        assert len(report.replaced) == 1
+        module(X)
+        assert not report.fallbacks
+        setattr(module, name, value)
+        y = module(X)
+        assert [key[1] for key in report.fallbacks] == ([] if reason is None else [reason])
+        gptfast.unpatch(module)
+        torch.testing.assert_close(y, module(X))
+    module = Gated("functions")
+    gptfast.patch(module, ops="glu")
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        module(X, X)
 
 
 def test_a_hook_on_the_activation_is_called():

@@ -2,13 +2,18 @@
 
 A small module is traced by `torch.fx`: if its whole forward is one call of `F.layer_norm` on its
 own parameters, it is a LayerNorm, whoever wrote it. Nothing is guessed: what does not match node by
-node, in training and out of it, is left alone. Code that writes to attributes is not traced, since
-tracing runs it.
+node, in training and out of it, is left alone.
+
+Tracing runs the forward, and a graph shows neither what it wrote nor in which context it ran. So a
+forward is traced only if each name in its code is known to do nothing besides: the module's own
+submodules, tensors and constants, and a few functions. There is no way to `append`, to `add_`, to
+`no_grad` or to a helper method but by its name.
 """
 
 from __future__ import annotations
 
 import dis
+import inspect
 import operator
 from collections.abc import Callable
 from types import CodeType
@@ -18,8 +23,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from gptfast.patching.registry import Patched, Recipe, Replacement, class_name
+from gptfast.patching.registry import Patched, Recipe, Replacement
 from gptfast.patching.torch_modules import (
+    ACTIVATIONS,
     FastErfGatedMLP,
     FastFunctionalAttention,
     FastFunctionalGELU,
@@ -27,17 +33,20 @@ from gptfast.patching.torch_modules import (
     FastFunctionalTanhGELU,
     FastFunctions,
     FastGatedMLP,
+    activation_of,
 )
 
-WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR")
+__all__ = ["ACTIVATIONS", "recognise"]
+
+WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_SLICE")
+WRITES += ("DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
+# What a forward that is traced may find in its file, and what it may ask of that or of a tensor.
+KNOWN = (torch, nn, F, F.layer_norm, F.rms_norm, F.gelu, F.silu, torch.chunk, torch.mul)
+ATTRIBUTES = {"nn", "functional", "layer_norm", "rms_norm", "gelu", "silu", "chunk", "mul"}
+ATTRIBUTES |= {"shape", "size"}
 FUNCTIONS: dict[str, tuple[str, type[Patched]]] = {
     "attention": ("scaled_dot_product_attention", FastFunctionalAttention),
     "cross_entropy": ("cross_entropy", FastFunctions),
-}
-# Modules that a gated MLP may have for its activation, by class: "silu", "gelu" or "gelu_tanh".
-ACTIVATIONS: dict[str, Callable[[Any], str]] = {
-    class_name(nn.SiLU): lambda module: "silu",
-    class_name(nn.GELU): lambda module: "gelu" if module.approximate == "none" else "gelu_tanh",
 }
 
 
@@ -55,7 +64,7 @@ def recognise(module: nn.Module) -> dict[str, Recipe]:
     }
     if not children:
         found |= {op: match for op, match in LEAVES.items() if op in called}
-    elif len(children) <= 5 and ({"silu", "gelu"} & called or any(map(_activation, children))):
+    elif len(children) <= 5 and ({"silu", "gelu"} & called or any(map(activation_of, children))):
         found["glu"] = _gated_mlp
     return found
 
@@ -70,20 +79,81 @@ def _calls(function: str, mixin: type[Patched]) -> Recipe:
 
 def _trace(module: nn.Module) -> fx.Graph | str:
     """The graph of a module's forward, the same in training and out of it; or why there is none."""
-    code = type(module).forward.__code__
-    if any(instruction.opname in WRITES for instruction in dis.get_instructions(code)):
-        return "its forward writes to attributes or elements"
-    graphs, training = [], module.training
+    reason = _why_not_trace(module)
+    if reason is not None:
+        return reason
+    # fx may set attributes, so it gets an object that shares the parameters and submodules alone.
+    twin = object.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__)
+    graphs = []
     try:
-        for module.training in (True, False):
-            graphs.append(_Tracer(param_shapes_constant=True).trace(module))
+        for twin.training in (True, False):
+            graphs.append(_Tracer(param_shapes_constant=True).trace(twin))
     except Exception as error:  # whatever the forward of others raises when it is given a proxy
         return f"its forward cannot be traced: {error}".splitlines()[0]
-    finally:
-        module.training = training
     if str(graphs[0]) != str(graphs[1]):
         return "its forward differs between training and evaluation"
     return graphs[0]
+
+
+def _why_not_trace(module: nn.Module) -> str | None:
+    """Why tracing might do more than to trace, or not see all that the forward does."""
+    forward: Any = type(module).forward
+    code: CodeType = forward.__code__
+    arguments = code.co_argcount + code.co_kwonlyargcount
+    if arguments != 2 or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        return "its forward takes more than one input"
+    own = type(module).__getattr__, type(module).__getattribute__
+    if own != (nn.Module.__getattr__, object.__getattribute__):
+        return "its class looks up attributes in its own way"
+    if code.co_freevars or any(isinstance(constant, CodeType) for constant in code.co_consts):
+        return "its forward has functions within functions"
+    instructions = list(dis.get_instructions(code))
+    if any(i.opname in WRITES for i in instructions):
+        return "its forward writes to attributes or elements"
+    for i in instructions:
+        if i.opname.startswith("INPLACE_") or (i.opname == "BINARY_OP" and i.argrepr[-1] == "="):
+            return "its forward changes tensors in place"
+        if i.opcode not in dis.hasname:
+            continue
+        if i.opname == "LOAD_GLOBAL":
+            harmless = _is_known(forward.__globals__.get(i.argval))
+        else:  # of the module or a tensor, by the code; of a submodule as well, for all we know
+            there = [value for m in module.modules() for value in _values(m, i.argval)]
+            harmless = all(map(_is_harmless, there))
+            harmless &= bool(_values(module, i.argval)) or i.argval in ATTRIBUTES
+        if not harmless:
+            return f"its forward uses {i.argval}, which may do more than is seen"
+    return None
+
+
+def _is_known(value: Any) -> bool:
+    return any(value is known for known in KNOWN)
+
+
+def _values(module: nn.Module, name: str) -> list[Any]:
+    """What an attribute of a module may be, found without running anything."""
+    places = (vars(module), module._parameters, module._buffers, module._modules)
+    values = [place[name] for place in places if name in place]
+    of_class = inspect.getattr_static(type(module), name, inspect.Parameter.empty)
+    return values if of_class is inspect.Parameter.empty else [*values, of_class]
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str)) or _is_known(value)
+
+
+def _is_harmless(value: Any) -> bool:
+    return isinstance(value, (nn.Module, torch.Tensor)) or _is_constant(value)
+
+
+def _constants(module: nn.Module) -> dict[str, Any]:
+    """The attributes that a traced forward read when it was traced, and whose values it has kept."""
+    names = set(type(module).forward.__code__.co_names) - {"training"}
+    found = {name: getattr(module, name) for name in names if _values(module, name)}
+    return {name: value for name, value in found.items() if _is_constant(value)}
 
 
 class _Tracer(fx.Tracer):
@@ -132,7 +202,7 @@ def _functional_norm(module: nn.Module) -> Replacement | str:
         state[name] = None if node is None else node.target
     if not all(isinstance(size, int) for size in state["shape"]):
         return "its normalized_shape depends on the input"
-    return FastFunctionalNorm, state
+    return FastFunctionalNorm, {**state, "constants": _constants(module)}
 
 
 def _functional_gelu(module: nn.Module) -> Replacement | str:
@@ -141,7 +211,7 @@ def _functional_gelu(module: nn.Module) -> Replacement | str:
         return call
     form = call.kwargs.get("approximate", "none")
     mixin = FastFunctionalTanhGELU if form == "tanh" else FastFunctionalGELU
-    return mixin, {"approximate": form}
+    return mixin, {"approximate": form, "constants": _constants(module)}
 
 
 LEAVES: dict[str, Recipe] = {
@@ -153,20 +223,14 @@ LEAVES: dict[str, Recipe] = {
 # ---- Gated MLPs ----------------------------------------------------------------------------------
 
 
-def _activation(module: nn.Module) -> str | None:
-    """Which activation a module is, if any."""
-    name = ACTIVATIONS.get(class_name(getattr(module, "_gptfast_base", type(module))))
-    return None if name is None else name(module)
-
-
-def _gated_mlp(module: nn.Module) -> Replacement | None:
+def _gated_mlp(module: nn.Module) -> Replacement | str | None:
     """Matches after(act(gate(x)) * up(x)), and the same with the halves of one product."""
     graph = _trace(module)
     if isinstance(graph, str):
-        return None
+        return graph
     inputs: list[Any] = [n for n in graph.nodes if n.op == "placeholder"]
     products: list[Any] = [n for n in graph.nodes if n.target in (operator.mul, torch.mul)]
-    if len(inputs) != 1 or len(products) != 1:
+    if len(inputs) != 1 or len(products) != 1 or products[0].kwargs:
         return None
     (x,), (product,) = inputs, products
     for act, other in (product.args[:2], product.args[1::-1]):
@@ -193,7 +257,7 @@ def _gated_mlp(module: nn.Module) -> Replacement | None:
         # Every node has its place in the pattern, and none is used a second time.
         if output.args == (last,) and set(used) == set(graph.nodes) - {output}:
             mixin = FastErfGatedMLP if activation == "gelu" else FastGatedMLP
-            return mixin, {**parts, "after": after}
+            return mixin, {**parts, "after": after, "constants": _constants(module)}
     return None
 
 
@@ -217,7 +281,7 @@ def _gate(module: nn.Module, node: Any) -> tuple[str, str, Any] | None:
         return None
     (x,) = node.args
     if node.op == "call_module":
-        name = _activation(module.get_submodule(str(node.target)))
+        name = activation_of(module.get_submodule(str(node.target)))
         return None if name is None else (name, str(node.target), x)
     if node.target is F.silu and not node.kwargs.get("inplace"):
         return "silu", "", x

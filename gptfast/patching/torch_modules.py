@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +22,56 @@ from gptfast.ops import (
     swiglu,
 )
 from gptfast.patching.functions import cross_entropy, override
-from gptfast.patching.registry import Patched, register
+from gptfast.patching.registry import Patched, class_name, register
+
+# ---- Modules that were recognised ----------------------------------------------------------------
+
+
+class FastTraced(Patched):
+    """A module of one input that is replaced by what its forward was seen to do.
+
+    What the forward found in constants of the module when it was traced holds as long as these are
+    what they were: the original runs otherwise.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What it was."""
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+            return super().forward(*args, **kwargs)
+        reason = self._why_not(args[0])
+        if reason is not None:
+            self.fell_back(reason)
+        if reason is not None or not self.worth(args[0]):
+            return super().forward(*args)
+        return self._fast(args[0])
+
+    def _why_not(self, x: torch.Tensor) -> str | None:
+        """Why the module is no longer what was recognised, or cannot take x."""
+        for name, value in self._gptfast_state["constants"].items():
+            now = getattr(self, name, None)
+            if type(now) is not type(value) or now != value:
+                return f"its {name} was changed"
+        return None
+
+    def _fast(self, x: torch.Tensor) -> Any:
+        raise NotImplementedError
+
 
 # ---- Norms ---------------------------------------------------------------------------------------
 
 
-def _the_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The only argument, whatever the original calls it."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _ends_in(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    return 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == tuple(shape)
+def _takes(
+    module: Patched, x: torch.Tensor, shape: tuple[int, ...], *parameters: torch.Tensor | None
+) -> bool:
+    """Whether `F.layer_norm` or `F.rms_norm`, as `module` says, raises no error for these."""
+    if not 0 < len(shape) <= x.dim() or tuple(x.shape[-len(shape) :]) != tuple(shape):
+        return False
+    dtypes = (x.dtype, torch.float32)  # a layer norm's weights have one of these
+    return all(
+        p is None
+        or (p.shape == shape and (module._gptfast_op == "rms_norm" or p.dtype in dtypes))
+        for p in parameters
+    )
 
 
 def _as_autocast(y: torch.Tensor) -> torch.Tensor:
@@ -69,9 +108,10 @@ class FastNorm(Patched):
 
     def forward(self, input: torch.Tensor) -> Any:
         """Normalise the trailing dimensions of the input."""
-        if not (self.worth(input) and _ends_in(input, self.normalized_shape)):
-            return super().forward(input)
         bias = self.bias if self._gptfast_op == "layer_norm" else None
+        takes = _takes(self, input, self.normalized_shape, self.weight, bias)
+        if not (takes and self.worth(input)):
+            return super().forward(input)
         return _normalise(self, input, self.normalized_shape, self.weight, bias, self.eps)
 
 
@@ -81,18 +121,21 @@ def _norm(module: nn.Module) -> type[Patched]:
     return FastNorm
 
 
-class FastFunctionalNorm(Patched):
+class FastFunctionalNorm(FastTraced):
     """A module that is one call of `F.layer_norm` or `F.rms_norm`."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Normalise the trailing dimensions of the one input."""
-        x, call = _the_one(args, kwargs), self._gptfast_state
-        if not (self.worth(x) and _ends_in(x, call["shape"])):
-            return super().forward(*args, **kwargs)
-        weight, bias = (
-            None if call[name] is None else getattr(self, call[name]) for name in ("weight", "bias")
-        )
-        return _normalise(self, x, call["shape"], weight, bias, call["eps"])
+    def _why_not(self, x: torch.Tensor) -> str | None:
+        if not _takes(self, x, self._gptfast_state["shape"], *self._parameters_of_call()):
+            return "shapes or dtypes that do not fit"
+        return super()._why_not(x)
+
+    def _parameters_of_call(self) -> list[torch.Tensor | None]:
+        names = (self._gptfast_state[name] for name in ("weight", "bias"))
+        return [None if name is None else getattr(self, name) for name in names]
+
+    def _fast(self, x: torch.Tensor) -> Any:
+        call = self._gptfast_state
+        return _normalise(self, x, call["shape"], *self._parameters_of_call(), call["eps"])
 
 
 # ---- GELU ----------------------------------------------------------------------------------------
@@ -121,14 +164,10 @@ def _gelu(module: nn.GELU) -> type[Patched]:
     return FastTanhGELU if module.approximate == "tanh" else FastGELU
 
 
-class FastFunctionalGELU(Patched):
+class FastFunctionalGELU(FastTraced):
     """A module that is one call of `F.gelu`."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply GELU to the one input."""
-        x = _the_one(args, kwargs)
-        if not self.worth(x):
-            return super().forward(*args, **kwargs)
+    def _fast(self, x: torch.Tensor) -> Any:
         return gelu(x, self._gptfast_state["approximate"])
 
 
@@ -167,19 +206,33 @@ def _feed_forward(module: Any) -> type[Patched] | str:
 # ---- Gated MLPs ----------------------------------------------------------------------------------
 
 
-class FastGatedMLP(Patched):
+# Modules that a gated MLP may have for its activation, by class: "silu", "gelu" or "gelu_tanh".
+ACTIVATIONS: dict[str, Callable[[Any], str]] = {
+    class_name(nn.SiLU): lambda module: "silu",
+    class_name(nn.GELU): lambda module: "gelu" if module.approximate == "none" else "gelu_tanh",
+}
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Which activation a module is, if any."""
+    name = ACTIVATIONS.get(class_name(getattr(module, "_gptfast_base", type(module))))
+    return None if name is None else name(module)
+
+
+class FastGatedMLP(FastTraced):
     """y = after(act(gate(x)) * up(x)), or act and product on the halves of one product."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The MLP of the one input."""
-        x = _the_one(args, kwargs)
-        parts = self._gptfast_state
-        act = parts["act"] and self.get_submodule(parts["act"])
+    def _why_not(self, x: torch.Tensor) -> str | None:
+        name = self._gptfast_state["act"]
+        act = name and self.get_submodule(name)
         if act and has_hooks(act):
-            self.fell_back("the activation has hooks")
-            return super().forward(*args, **kwargs)
-        if not self.worth(x):
-            return super().forward(*args, **kwargs)
+            return "the activation has hooks"
+        if act and activation_of(act) != self._gptfast_state["activation"]:
+            return "the activation was changed"
+        return super()._why_not(x)
+
+    def _fast(self, x: torch.Tensor) -> Any:
+        parts = self._gptfast_state
         gate = self.get_submodule(parts["gate"])(x)
         if parts["up"] is None:
             gate, up = gate.chunk(2, -1)
