@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import gptfast
 from benchmarks.plain_models import PLAIN, OwnLayerNorm, Sizes
@@ -149,6 +150,19 @@ def test_a_subclass_that_overrides_forward():
     assert torch.equal(model["overrides"](X), expected)
 
 
+def test_parameters_that_have_no_shape_yet():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.LazyLinear(4)
+
+        def forward(self, x, targets):
+            return F.cross_entropy(self.head(x), targets)
+
+    report = gptfast.patch(Lazy(), ops=ALL)
+    assert reasons(report) == {"": "its parameters have no shape yet"}
+
+
 def test_modules_that_are_not_what_they_seem():
     model = nn.ModuleDict(
         {name: nn.LayerNorm(16) for name in ("fn", "param", "float8", "int", "jit")}
@@ -199,6 +213,42 @@ def test_errors_are_those_of_the_original():
         messages.append(str(raised.value))
         gptfast.patch(norm, ops=ALL)
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (lambda: nn.LayerNorm(16), torch.jagged),
+        (lambda: nn.LayerNorm(16), torch.strided),
+        (lambda: nn.RMSNorm(16), torch.jagged),  # strided ones PyTorch's refuses
+        (lambda: nn.GELU("tanh"), torch.jagged),
+        (lambda: Gated("functions"), torch.jagged),
+        (lambda: Gated("functions"), torch.strided),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_go_to_the_original(make, layout):
+    module = make()
+    x = torch.nested.nested_tensor([X[0, :3], X[1]], layout=layout)
+    expected = module(x)
+    report = gptfast.patch(module, ops=ALL)
+    for y, e in zip(module(x).unbind(), expected.unbind(), strict=True):
+        assert torch.equal(y, e)
+    assert [key[1] for key in report.fallbacks] == ["nested tensors"]
+
+
+def test_dtypes_that_the_original_refuses():
+    norm, own = nn.LayerNorm(16).bfloat16(), OwnLayerNorm(16, bias=False).bfloat16()
+    loss = nn.CrossEntropyLoss(torch.ones(16, dtype=torch.float64))
+    for module, inputs in ((norm, [X]), (own, [X]), (loss, [X[0], torch.arange(5)])):
+        messages = []
+        for _ in range(2):
+            with pytest.raises(RuntimeError) as raised:
+                module(*inputs)
+            messages.append(str(raised.value))
+            gptfast.patch(module, ops=ALL)
+        assert isinstance(module, Patched)
+        assert messages[0] == messages[1]
 
 
 def test_a_causal_hint_without_a_mask_is_refused_as_by_the_original():
@@ -358,6 +408,15 @@ class Scaled(OwnLayerNorm):
         return 2 * F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+class HalfABuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.randn(32))
+
+    def forward(self, x):
+        return F.rms_norm(x, (16,), self.weights.chunk(2)[1])
+
+
 class InTraining(nn.Module):
     def forward(self, x):
         return F.gelu(x) if self.training else x
@@ -430,6 +489,7 @@ def test_modules_that_only_look_alike():
     forms = ("other input", "used twice", "a sum")
     model = nn.ModuleDict({form: Gated(form) for form in forms})
     leaves = {"scaled": Scaled(16, True), "mode": InTraining(), "count": Counts(), "data": OnData()}
+    leaves["part"] = HalfABuffer()
     model.update(leaves)
     expected = {name: module(X) for name, module in model.items()}
     report = gptfast.patch(model, ops=ALL)
@@ -439,6 +499,7 @@ def test_modules_that_only_look_alike():
         "mode": "its forward differs between training and evaluation",
         "count": "its forward writes to attributes or elements",
         "data": "its forward cannot be traced",
+        "part": "its weight is computed",
     }
     assert model["count"].calls == 1
     for name, module in model.items():
@@ -678,6 +739,46 @@ def test_what_sdpa_gives_to_torch(options, reason):
     assert overridden.fallbacks == {reason: 1}
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, q, k, v):
+        attend, again = F.scaled_dot_product_attention, {"use_reentrant": self.use_reentrant}
+        return checkpoint(attend, q, k, v, None, 0.5, True, **again) + attend(q, k, v)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_in_a_forward_finds_the_same_function_again(use_reentrant):
+    model, results = Checkpointed(use_reentrant), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        inputs = qkv(6, 6)
+        with gptfast.testing.record_calls() as recorded:
+            o = model(*inputs)
+            o.square().sum().backward()
+        results.append([o, *(x.grad for x in inputs)])
+        report = gptfast.patch(model, ops=ALL)
+    assert outputs(report) == set()
+    assert len(recorded.calls) == 2  # forward and backward of the call that it makes itself
+    torch.testing.assert_close(*results)
+
+
+class Both(nn.Module):
+    def forward(self, x, targets):
+        q = x[None, None]
+        return F.cross_entropy(F.scaled_dot_product_attention(q, q, q)[0, 0], targets)
+
+
+def test_a_second_function_of_a_forward_is_listed():
+    report = gptfast.patch(Both(), ops=ALL)
+    assert outputs(report) == {("", "attention")}
+    assert [(entry.op, entry.reason) for entry in report.left] == [
+        ("cross_entropy", "its attention is replaced, and one op of a module can be")
+    ]
+
+
 def test_dropout_of_sdpa():
     q, k = torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
     v = torch.ones(1, 1, 64, 8)
@@ -711,6 +812,37 @@ def test_the_override_is_this_threads_and_ends():
     with pytest.raises(ZeroDivisionError), gptfast.sdpa_override():
         raise ZeroDivisionError
     assert F.scaled_dot_product_attention is original
+
+
+def test_what_somebody_puts_back_later_is_the_original(monkeypatch):
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", original)  # puts it back at the end
+    q, k, v = (x.detach() for x in qkv(6, 6))
+    for wrapped in (False, True):
+        with gptfast.sdpa_override():
+            seen = F.scaled_dot_product_attention
+            F.scaled_dot_product_attention = lambda *args: original(*args)
+        F.scaled_dot_product_attention = (lambda *args, f=seen: f(*args)) if wrapped else seen
+        for _ in range(2):
+            assert torch.equal(F.scaled_dot_product_attention(q, k, v), original(q, k, v))
+            with gptfast.sdpa_override(), gptfast.testing.record_calls() as recorded:
+                F.scaled_dot_product_attention(q, k, v)
+            assert len(recorded.calls) == 1
+
+
+def test_compiled_code_keeps_the_original():
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda *args: F.scaled_dot_product_attention(*args), backend=look, fullgraph=True
+    )
+    with gptfast.sdpa_override():
+        compiled(*qkv(6, 6))
+    assert graphs == [[F.scaled_dot_product_attention]]
 
 
 def test_many_threads_override_at_once():
@@ -809,6 +941,14 @@ def test_multihead_attention_of_other_kinds(options):
     report = gptfast.patch(nn.MultiheadAttention(16, 4, **options), ops=ALL)
     assert report.replaced == []
     assert reasons(report)[""].split()[0] in ("kdim", "add_bias_kv")
+
+
+def test_dropout_of_everything_in_multihead_attention():
+    attn = nn.MultiheadAttention(16, 4, dropout=1.0, batch_first=True)
+    report = gptfast.patch(attn, ops=ALL)
+    y, _ = attn(X, X, X, need_weights=False)
+    assert torch.equal(y, attn.out_proj.bias.expand_as(y))
+    assert report.fallbacks == {("attention", "dropout of 1.0"): 1}
 
 
 def test_dropout_in_multihead_attention():

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +137,12 @@ def cross_entropy(
         reason = "size_average or reduce"
     elif target.dtype != torch.int64:
         reason = f"targets in {target.dtype}"
+    elif (
+        weight is not None
+        and weight.dtype != input.dtype
+        and not torch.is_autocast_enabled(input.device.type)
+    ):
+        reason = "mixed dtypes"
     elif input.dtype not in DTYPE_CODES or input.dim() == 0 or input.numel() == 0:
         reason = f"{input.dim()} dimensions in {input.dtype}"
     elif not torch.compiler.is_compiling() and not KERNELS["cross_entropy"].has_kernel(input):
@@ -161,6 +169,7 @@ class _User(NamedTuple):
 
     on_fallback: Count
     worth: Callable[[torch.Tensor], bool] | None
+    caller: CodeType | None
 
 
 class _Active(threading.local):
@@ -173,26 +182,32 @@ class _Active(threading.local):
 _active = _Active()
 _lock = threading.Lock()
 _blocks: Counter[str] = Counter()  # how many `override` blocks of a name are open, in all threads
-_found: dict[str, Callable[..., Any]] = {}  # what stood in `torch.nn.functional` before the first
 
 
-def _dispatcher(name: str) -> Callable[..., Any]:
-    """What stands in `torch.nn.functional` while any thread overrides `name`."""
-    replacement = REPLACEMENTS[name]
+class _Dispatcher:
+    """What stands in `torch.nn.functional` while any thread overrides `name`.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        user = _active.users.get(name)
+    Whoever has got hold of it may keep it, or put it back later: outside of a block it is what it
+    was put in the place of. So is compiled code.
+    """
+
+    def __init__(self, name: str, original: Callable[..., Any]) -> None:
+        self.name, self.original = name, original
+        functools.update_wrapper(self, ORIGINALS[name])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        user = None if torch.compiler.is_compiling() else _active.users.get(self.name)
+        if user is not None and user.caller not in (None, sys._getframe(1).f_code):
+            user = None
         if user is not None and user.worth is not None:
             x: Any = args[0] if args else kwargs.get("query", kwargs.get("input"))
             user = user if user.worth(x) else None
         if user is None:
-            return _found[name](*args, **kwargs)
-        return replacement(*args, **kwargs, count=user.on_fallback)
-
-    return functools.update_wrapper(call, ORIGINALS[name])
+            return self.original(*args, **kwargs)
+        return REPLACEMENTS[self.name](*args, **kwargs, count=user.on_fallback)
 
 
-_dispatchers = {name: _dispatcher(name) for name in ORIGINALS}
+_dispatchers: dict[str, _Dispatcher] = {}  # the last of each name
 
 
 class override:  # noqa: N801 - used like a function
@@ -202,19 +217,30 @@ class override:  # noqa: N801 - used like a function
         name: of the function.
         count: called with the reason, where ours cannot take a call.
         worth: whether ours should, by the first tensor of the call; None: always.
+        caller: the code that has to make the call; None: any. A function that gets
+            `torch.nn.functional.<name>` as an argument may call it again when the block has ended,
+            as a checkpoint does, and has to find the same then.
     """
 
     def __init__(
-        self, name: str, count: Count, worth: Callable[[torch.Tensor], bool] | None = None
+        self,
+        name: str,
+        count: Count,
+        worth: Callable[[torch.Tensor], bool] | None = None,
+        caller: CodeType | None = None,
     ) -> None:
-        self.name, self.user = name, _User(count, worth)
+        self.name, self.user = name, _User(count, worth, caller)
 
     def __enter__(self) -> None:
         name = self.name
         with _lock:
             _blocks[name] += 1
             if _blocks[name] == 1:
-                _found[name] = getattr(F, name)
+                found = getattr(F, name)
+                if isinstance(found, _Dispatcher):  # that somebody put back after its block
+                    found = found.original
+                if name not in _dispatchers or _dispatchers[name].original is not found:
+                    _dispatchers[name] = _Dispatcher(name, found)
                 setattr(F, name, _dispatchers[name])
         self.before = _active.users
         _active.users = {**self.before, name: self.user}
@@ -225,7 +251,7 @@ class override:  # noqa: N801 - used like a function
         with _lock:
             _blocks[name] -= 1
             if not _blocks[name] and getattr(F, name) is _dispatchers[name]:
-                setattr(F, name, _found[name])
+                setattr(F, name, _dispatchers[name].original)
 
 
 class sdpa_override(contextlib.ContextDecorator):  # noqa: N801 - used like a function

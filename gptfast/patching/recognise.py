@@ -16,12 +16,13 @@ import dis
 import inspect
 import operator
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, NoneType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from gptfast.patching.registry import Patched, Recipe, Replacement
 from gptfast.patching.torch_modules import (
@@ -38,8 +39,8 @@ from gptfast.patching.torch_modules import (
 
 __all__ = ["ACTIVATIONS", "recognise"]
 
-WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_SLICE")
-WRITES += ("DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
+WRITES = {"STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_SLICE"}
+WRITES |= {"DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR"}
 # What a forward that is traced may find in its file, and what it may ask of that or of a tensor.
 KNOWN = (torch, nn, F, F.layer_norm, F.rms_norm, F.gelu, F.silu, torch.chunk, torch.mul)
 ATTRIBUTES = {"nn", "functional", "layer_norm", "rms_norm", "gelu", "silu", "chunk", "mul"}
@@ -70,7 +71,9 @@ def recognise(module: nn.Module) -> dict[str, Recipe]:
 
 
 def _calls(function: str, mixin: type[Patched]) -> Recipe:
-    def recipe(module: nn.Module) -> Replacement:
+    def recipe(module: nn.Module) -> Replacement | str:
+        if any(map(is_lazy, module.parameters())):
+            return "its parameters have no shape yet"
         sizes = (size for p in module.parameters() for size in p.shape)
         return mixin, {"function": function, "widest": max(sizes, default=1)}
 
@@ -82,12 +85,12 @@ def _trace(module: nn.Module) -> fx.Graph | str:
     reason = _why_not_trace(module)
     if reason is not None:
         return reason
-    # fx may set attributes, so it gets an object that shares the parameters and submodules alone.
-    twin = object.__new__(type(module))
-    twin.__dict__ = dict(module.__dict__)
     graphs = []
     try:
-        for twin.training in (True, False):
+        for training in (True, False):
+            # fx may set attributes: of an object that shares the parameters and submodules alone.
+            twin = object.__new__(type(module))
+            twin.__dict__ = {**vars(module), "training": training}
             graphs.append(_Tracer(param_shapes_constant=True).trace(twin))
     except Exception as error:  # whatever the forward of others raises when it is given a proxy
         return f"its forward cannot be traced: {error}".splitlines()[0]
@@ -150,7 +153,7 @@ def _is_harmless(value: Any) -> bool:
 
 
 def _constants(module: nn.Module) -> dict[str, Any]:
-    """The attributes that a traced forward read when it was traced, and whose values it has kept."""
+    """The attributes whose values a forward read when it was traced."""
     names = set(type(module).forward.__code__.co_names) - {"training"}
     found = {name: getattr(module, name) for name in names if _values(module, name)}
     return {name: value for name, value in found.items() if _is_constant(value)}
@@ -197,9 +200,16 @@ def _functional_norm(module: nn.Module) -> Replacement | str:
         state["eps"] = given.get("eps", 1e-5)
     for name in ("weight", "bias"):
         node = given.get(name)
-        if node is not None and not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        own = (
+            isinstance(node, fx.Node)
+            and node.op == "get_attr"
+            and _values(module, str(node.target))
+        )
+        if node is not None and not own:
             return f"its {name} is computed"
         state[name] = None if node is None else node.target
+    if not isinstance(state["eps"], (float, int, NoneType)):
+        return "its eps is computed"
     if not all(isinstance(size, int) for size in state["shape"]):
         return "its normalized_shape depends on the input"
     return FastFunctionalNorm, {**state, "constants": _constants(module)}

@@ -55,6 +55,9 @@ class Patched(nn.Module):
 
     def worth(self, x: torch.Tensor) -> bool:
         """Whether the op is not slower than the original on x, or was asked for by name."""
+        if x.is_nested or x.layout is not torch.strided:
+            self.fell_back("nested tensors" if x.is_nested else f"layout {x.layout}")
+            return False
         compiled = torch.compiler.is_compiling()
         if not self._gptfast_forced and not is_worth(
             self.measured or self._gptfast_op, x, compiled, self.training

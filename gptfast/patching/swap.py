@@ -59,12 +59,11 @@ def patch(model: nn.Module, ops: str | Sequence[str] = "all", dry_run: bool = Fa
     report = Report("to be replaced" if dry_run else "replaced")
     kind = _device_and_dtype(model)
     for name, module in list(model.named_modules()):
-        entry, replacement = _look_at(name, module, chosen, forced, kind)
-        if entry is None:
-            continue
-        (report.left if entry.reason else report.replaced).append(entry)
+        entries, replacement = _look_at(name, module, chosen, forced, kind)
+        for entry in entries:
+            (report.left if entry.reason else report.replaced).append(entry)
         if replacement is not None and not dry_run:
-            _swap(module, replacement, entry.op, forced)
+            _swap(module, replacement, entries[0].op, forced)
             REPORTS[module] = report
     return report
 
@@ -112,17 +111,22 @@ def _look_at(
     chosen: Sequence[str],
     forced: bool,
     kind: tuple[torch.device, torch.dtype],
-) -> tuple[Entry | None, Replacement | None]:
-    """What is to be said of a module, if anything, and what is to become of it."""
+) -> tuple[list[Entry], Replacement | None]:
+    """What is to be said of a module, if anything, and what is to become of it.
+
+    The first entry is of what replaces it, if that is so.
+    """
     cls = type(module)
     if issubclass(cls, Patched):
-        return Entry(name, cls.__name__, cls._gptfast_op, "already patched"), None
+        return [Entry(name, cls.__name__, cls._gptfast_op, "already patched")], None
     if cls.__module__.partition(".")[0] == "gptfast":
-        return None, None
+        return [], None
     registered, recipes = recipes_for(cls)
     if registered is None:
         recipes = recognise(module)
-    refused = None
+    refused: list[Entry] = []
+    taken: list[Entry] = []
+    used: Replacement | None = None
     for op in OPS:
         if op not in chosen or op not in recipes:
             continue
@@ -133,10 +137,14 @@ def _look_at(
             mixin = replacement[0] if isinstance(replacement, tuple) else replacement
             replacement = _why_not_op(op, mixin, module, forced, kind) or replacement
         replacement = _why_not_swap(module, registered) or replacement
-        if not isinstance(replacement, str):
-            return Entry(name, cls.__name__, op), replacement
-        refused = refused or Entry(name, cls.__name__, op, replacement)
-    return refused, None
+        if isinstance(replacement, str):
+            refused.append(Entry(name, cls.__name__, op, replacement))
+        elif not taken:
+            taken, used = [Entry(name, cls.__name__, op)], replacement
+        else:  # a second function that its forward calls
+            reason = f"its {taken[0].op} is replaced, and one op of a module can be"
+            taken.append(Entry(name, cls.__name__, op, reason))
+    return (taken, used) if taken else (refused[:1], None)
 
 
 def _why_not_swap(module: nn.Module, registered: type[nn.Module] | None) -> str | None:

@@ -38,10 +38,11 @@ class FastTraced(Patched):
         """What it was."""
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
             return super().forward(*args, **kwargs)
+        if not self.worth(args[0]):
+            return super().forward(*args)
         reason = self._why_not(args[0])
         if reason is not None:
             self.fell_back(reason)
-        if reason is not None or not self.worth(args[0]):
             return super().forward(*args)
         return self._fast(args[0])
 
@@ -68,8 +69,7 @@ def _takes(
         return False
     dtypes = (x.dtype, torch.float32)  # a layer norm's weights have one of these
     return all(
-        p is None
-        or (p.shape == shape and (module._gptfast_op == "rms_norm" or p.dtype in dtypes))
+        p is None or (p.shape == shape and (module._gptfast_op == "rms_norm" or p.dtype in dtypes))
         for p in parameters
     )
 
@@ -108,9 +108,10 @@ class FastNorm(Patched):
 
     def forward(self, input: torch.Tensor) -> Any:
         """Normalise the trailing dimensions of the input."""
+        if not self.worth(input):
+            return super().forward(input)
         bias = self.bias if self._gptfast_op == "layer_norm" else None
-        takes = _takes(self, input, self.normalized_shape, self.weight, bias)
-        if not (takes and self.worth(input)):
+        if not _takes(self, input, self.normalized_shape, self.weight, bias):
             return super().forward(input)
         return _normalise(self, input, self.normalized_shape, self.weight, bias, self.eps)
 
@@ -134,8 +135,8 @@ class FastFunctionalNorm(FastTraced):
         return [None if name is None else getattr(self, name) for name in names]
 
     def _fast(self, x: torch.Tensor) -> Any:
-        call = self._gptfast_state
-        return _normalise(self, x, call["shape"], *self._parameters_of_call(), call["eps"])
+        call, (weight, bias) = self._gptfast_state, self._parameters_of_call()
+        return _normalise(self, x, call["shape"], weight, bias, call["eps"])
 
 
 # ---- GELU ----------------------------------------------------------------------------------------
@@ -323,6 +324,8 @@ class FastMultiheadAttention(Patched):
         is_causal: bool,
     ) -> str | None:
         """Why the original has to take the call."""
+        if query.is_nested:
+            return "nested tensors"
         if need_weights:
             return "need_weights"
         if key_padding_mask is not None:
@@ -334,7 +337,9 @@ class FastMultiheadAttention(Patched):
         tokens = 1 if self.batch_first else 0
         if is_causal and query.dim() == 3 and query.shape[tokens] != key.shape[tokens]:
             return "a causal mask for other keys than the queries' tokens"
-        if query.dim() != 3 or query.is_nested or 0 in (*query.shape, *key.shape):
+        if self.training and not 0 <= self.dropout < 1:
+            return f"dropout of {self.dropout}"
+        if query.dim() != 3 or 0 in (*query.shape, *key.shape):
             return f"query of shape {tuple(query.shape)}"
         dtypes = {x.dtype for x in (query, key, value, self.in_proj_weight)}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type):
@@ -352,7 +357,10 @@ def _multihead_attention(module: nn.MultiheadAttention) -> type[Patched] | str:
 
 
 class FastFunctions(Patched):
-    """A module whose forward calls a function of `torch.nn.functional` that we have, too."""
+    """A module whose forward calls a function of `torch.nn.functional` that we have, too.
+
+    That its own code calls, and not what it hands the function to, nor its submodules.
+    """
 
     sized_by_input = False  # a whole model may do so: tokens go in, and logits to the loss
 
@@ -368,7 +376,8 @@ class FastFunctions(Patched):
             and x.numel() * self._gptfast_state["widest"] < self._gptfast_least
         ):
             return super().forward(*args, **kwargs)
-        with override(self._gptfast_state["function"], self.fell_back, self.worth):
+        caller = self._gptfast_base.forward.__code__
+        with override(self._gptfast_state["function"], self.fell_back, self.worth, caller):
             return super().forward(*args, **kwargs)
 
 
@@ -409,10 +418,10 @@ class FastLinearCrossEntropyLoss(Patched):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Any:
         """The loss of the layer's logits for the input against the targets."""
-        if target.dtype != torch.int64 or input.shape[:-1] != target.shape:
-            self.fell_back("targets that are no class indices")
-            return super().forward(input, target)
         if not self.worth(input):
+            return super().forward(input, target)
+        if target.dtype != torch.int64 or input.shape[:-1] != target.shape or input.dim() > 2:
+            self.fell_back("targets that are no class indices")
             return super().forward(input, target)
         loss = linear_cross_entropy(
             input,
