@@ -254,10 +254,20 @@ def attention_forward(
     plan: Planned | None = None
     compiling = torch.compiler.is_compiling()
     patched = module if isinstance(module, Patched) else None
-    if patched is None:
-        ours = original is None
-    else:
-        ours = (compiling or query.numel() >= patched._gptfast_least) and patched.worth(query)
+    small = not compiling and patched is not None and query.numel() < patched._gptfast_least
+    if small and original == "sdpa" and softcap is None:  # at once: generation waits for it
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    ours = original is None if patched is None else not small and patched.worth(query)
     if ours:
         plan = _plan_of_call(module, query, key, attention_mask, is_causal, dropout, kwargs)
         if original == "eager" and isinstance(plan, Plan) and _hides_queries(plan, query.shape[2]):
