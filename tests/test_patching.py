@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gptfast
 from benchmarks.plain_models import PLAIN, OwnLayerNorm, Sizes
-from gptfast.patching import OPS, Patched, register, registry, sdpa, torch_modules
+from gptfast.patching import OPS, Patched, functions, register, registry, sdpa, torch_modules
 from gptfast.testing import assert_close_in_norm
 
 ALL = list(OPS)  # each of them, whether it is faster or not
@@ -629,6 +629,43 @@ class OwnNorm(nn.Module):
         return F.layer_norm(x, (16,), self.weight, self.bias, self.eps)
 
 
+class EpsByBias(OwnNorm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        if self.bias is None:
+            return F.layer_norm(x, (16,), self.weight, None, 0.5)
+        return F.layer_norm(x, (16,), self.weight, self.bias)
+
+
+class MaybeDropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(16, 16) for _ in range(3))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        y = F.silu(self.gate(x)) * self.up(x)
+        if self.drop is not None:
+            y = self.drop(y)
+        return self.down(y)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(EpsByBias, "bias"), (MaybeDropped, "drop")])
+def test_what_is_gone_since_is_missed(kind, name):
+    torch.manual_seed(0)
+    model = kind()
+    report = gptfast.patch(model, ops=ALL)
+    assert len(report.replaced) == 1
+    setattr(model, name, None)
+    y = model(X)
+    assert report.fallbacks.total() == 1
+    gptfast.unpatch(model)
+    assert torch.equal(y, model(X))
+
+
 def test_what_was_changed_since_is_seen():
     torch.manual_seed(0)
     changes = [
@@ -763,6 +800,57 @@ def test_a_checkpoint_in_a_forward_finds_the_same_function_again(use_reentrant):
     assert outputs(report) == set()
     assert len(recorded.calls) == 2  # forward and backward of the call that it makes itself
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_in_a_patched_forward_stays_in_the_block_around(use_reentrant):
+    torch.manual_seed(0)
+    model, (q, k, v) = Checkpointed(use_reentrant), qkv(6, 6)
+    gptfast.patch(model, ops=ALL)
+    with gptfast.sdpa_override():
+        loss = model(q, k, v).sum()
+        loss.backward()
+    # A sum of values, whose weights are the gradient: of the same dropout, or they differ.
+    torch.testing.assert_close((v.grad * v).sum(), loss)
+
+
+def test_a_function_of_somebody_else_stays(monkeypatch):
+    model, inputs = OwnAttention(), qkv(6, 6)
+    report = gptfast.patch(model, ops=ALL)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **more: 0 * q)
+    assert not model(*inputs).any()
+    assert dict(report.fallbacks) == {
+        ("attention", "F.scaled_dot_product_attention is somebody else's"): 1
+    }
+
+
+def test_threads_share_an_override():
+    shared, entered, left = gptfast.sdpa_override(), threading.Event(), threading.Event()
+    open_after = []
+
+    def users():
+        return functions._active.users.get("scaled_dot_product_attention", ())
+
+    def other():
+        with shared:
+            entered.set()
+            left.wait(10)
+        open_after.append(users())
+
+    thread = threading.Thread(target=other)
+    with shared:
+        thread.start()
+        assert entered.wait(10)
+    open_after.append(users())
+    left.set()
+    thread.join()
+    assert open_after == [(), ()]
+    assert F.scaled_dot_product_attention is functions.ORIGINALS["scaled_dot_product_attention"]
+
+
+class OwnAttention(nn.Module):
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Both(nn.Module):

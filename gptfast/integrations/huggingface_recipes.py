@@ -155,7 +155,7 @@ class FastAttention(Patched):
     def on_unpatch(self) -> None:
         """Choose what was chosen before, unless a module needs ours or the user chose since."""
         _PATCHED.discard(self)
-        if not any(other.config is self.config for other in _PATCHED):
+        if not any(other.config is self.config for other in list(_PATCHED)):
             before = {name: before for before, name in SWITCHED.items()}
             chosen = self.config._attn_implementation
             self.config._attn_implementation = before.get(chosen, chosen)

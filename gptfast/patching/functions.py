@@ -173,10 +173,10 @@ class _User(NamedTuple):
 
 
 class _Active(threading.local):
-    """What this thread has overridden, by name."""
+    """What this thread has overridden, by name: for whom, the innermost block first."""
 
     def __init__(self) -> None:
-        self.users: dict[str, _User] = {}
+        self.users: dict[str, tuple[_User, ...]] = {}
 
 
 _active = _Active()
@@ -196,15 +196,18 @@ class _Dispatcher:
         functools.update_wrapper(self, ORIGINALS[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        user = None if torch.compiler.is_compiling() else _active.users.get(self.name)
-        if user is not None and user.caller not in (None, sys._getframe(1).f_code):
-            user = None
-        if user is not None and user.worth is not None:
+        users = () if torch.compiler.is_compiling() else _active.users.get(self.name, ())
+        for user in users:
+            if user.caller not in (None, sys._getframe(1).f_code):
+                continue
             x: Any = args[0] if args else kwargs.get("query", kwargs.get("input"))
-            user = user if user.worth(x) else None
-        if user is None:
-            return self.original(*args, **kwargs)
-        return REPLACEMENTS[self.name](*args, **kwargs, count=user.on_fallback)
+            if user.worth is not None and not user.worth(x):
+                continue
+            if self.original is ORIGINALS[self.name]:
+                return REPLACEMENTS[self.name](*args, **kwargs, count=user.on_fallback)
+            user.on_fallback(f"F.{self.name} is somebody else's")
+            break
+        return self.original(*args, **kwargs)
 
 
 _dispatchers: dict[str, _Dispatcher] = {}  # the last of each name
@@ -243,7 +246,7 @@ class override:  # noqa: N801 - used like a function
                     _dispatchers[name] = _Dispatcher(name, found)
                 setattr(F, name, _dispatchers[name])
         self.before = _active.users
-        _active.users = {**self.before, name: self.user}
+        _active.users = {**self.before, name: (self.user, *self.before.get(name, ()))}
 
     def __exit__(self, *error: Any) -> None:
         name = self.name
@@ -252,6 +255,13 @@ class override:  # noqa: N801 - used like a function
             _blocks[name] -= 1
             if not _blocks[name] and getattr(F, name) is _dispatchers[name]:
                 setattr(F, name, _dispatchers[name].original)
+
+
+class _Open(threading.local):
+    """The blocks that this thread has open, of one `sdpa_override`, which threads may share."""
+
+    def __init__(self) -> None:
+        self.blocks: list[override] = []
 
 
 class sdpa_override(contextlib.ContextDecorator):  # noqa: N801 - used like a function
@@ -272,16 +282,16 @@ class sdpa_override(contextlib.ContextDecorator):  # noqa: N801 - used like a fu
 
     def __init__(self) -> None:
         self.fallbacks: Counter[str] = Counter()
-        self._open: list[override] = []
+        self._open = _Open()
 
     def __enter__(self) -> sdpa_override:
         block = override("scaled_dot_product_attention", self._count)
         block.__enter__()
-        self._open.append(block)
+        self._open.blocks.append(block)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.pop().__exit__(*error)
+        self._open.blocks.pop().__exit__(*error)
 
     def _count(self, reason: str) -> None:
         self.fallbacks[reason] += 1

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from gptfast.patching.registry import Patched, Recipe, Replacement
 from gptfast.patching.torch_modules import (
     ACTIVATIONS,
+    KINDS,
     FastErfGatedMLP,
     FastFunctionalAttention,
     FastFunctionalGELU,
@@ -153,10 +154,15 @@ def _is_harmless(value: Any) -> bool:
 
 
 def _constants(module: nn.Module) -> dict[str, Any]:
-    """The attributes whose values a forward read when it was traced."""
+    """The attributes that a forward read when it was traced: values, and kinds of what has none."""
     names = set(type(module).forward.__code__.co_names) - {"training"}
-    found = {name: getattr(module, name) for name in names if _values(module, name)}
-    return {name: value for name, value in found.items() if _is_constant(value)}
+    constants: dict[str, Any] = {}
+    for name in names:
+        value = getattr(module, name) if _values(module, name) else Ellipsis
+        kinds = [kind for kind in KINDS if isinstance(value, kind)]
+        if kinds or _is_constant(value):
+            constants[name] = kinds[0] if kinds else value
+    return constants
 
 
 class _Tracer(fx.Tracer):

@@ -27,6 +27,9 @@ from gptfast.patching.registry import Patched, class_name, register
 # ---- Modules that were recognised ----------------------------------------------------------------
 
 
+KINDS = (nn.Module, torch.Tensor)  # what a forward may only ask whether it is there
+
+
 class FastTraced(Patched):
     """A module of one input that is replaced by what its forward was seen to do.
 
@@ -50,7 +53,11 @@ class FastTraced(Patched):
         """Why the module is no longer what was recognised, or cannot take x."""
         for name, value in self._gptfast_state["constants"].items():
             now = getattr(self, name, None)
-            if type(now) is not type(value) or now != value:
+            if value in KINDS:
+                changed = not isinstance(now, value)
+            else:
+                changed = type(now) is not type(value) or now != value
+            if changed:
                 return f"its {name} was changed"
         return None
 
