@@ -137,7 +137,6 @@ def test_tuning_changes_launches(tmp_path, monkeypatch):
     case = Case("gelu", (3_000,))
     found = tune_case(case, torch.float32, "cpu", measure)
     (tuned,) = found["sm_80"]["gelu.pick_config"].values()
-    assert tuned["block_n"] > 1024 or tuned["num_warps"] > 0
     (tmp_path / "tuned.json").write_text(json.dumps(found))
     monkeypatch.setenv("GPTFAST_TUNED", str(tmp_path / "tuned.json"))
     tuning.forget()
