@@ -333,7 +333,7 @@ def failed_family(
             low=None,
             high=None,
             torch_version=str(torch.__version__),
-            failed=f"{type(error).__name__}: {error}",
+            failed=f"{type(error).__name__}: {error}".splitlines()[0],
             forced=force,
         )
         for work in works_of(name, compiled)
