@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def put_between_marks(table: str, name: str, doc: Path) -> None:
-    """Replace what stands in a file between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+def show_table(table: str, name: str, doc: Path | None) -> None:
+    """Print a table, or put it into a file, between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    if doc is None:
+        print(table)
+        return
     text = doc.read_text()
     first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     if text.count(first) != 1 or text.count(last) != 1:

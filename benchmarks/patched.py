@@ -23,7 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from rich.progress import Progress
 from torch import nn
 
 import gptfast
-from benchmarks.documents import put_between_marks
+from benchmarks.documents import show_table
 from benchmarks.plain_models import PLAIN, Sizes
 from benchmarks.timing import Timing, interleave, paired_ratio, take_turns
 from gptfast.patching import OPS, Report
@@ -169,14 +169,14 @@ class Row:
     work: str
     dtype: str
     compiled: bool
-    threads: int
-    replaced: int
-    unpatched: float | None
-    patched: float | None
-    ratio: float | None
-    low: float | None
-    high: float | None
-    torch_version: str
+    threads: int = field(default_factory=torch.get_num_threads)
+    replaced: int = 0
+    unpatched: float | None = None
+    patched: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    torch_version: str = str(torch.__version__)
     failed: str = ""  # what went wrong
     forced: bool = False
 
@@ -301,14 +301,12 @@ def run_family(
                     work=work,
                     dtype=dtype,
                     compiled=compiled,
-                    threads=torch.get_num_threads(),
                     replaced=len(report.replaced),
                     unpatched=statistics.median(times["unpatched"]),
                     patched=statistics.median(times["patched"]),
                     ratio=ratio.median,
                     low=ratio.low,
                     high=ratio.high,
-                    torch_version=str(torch.__version__),
                     forced=force,
                 )
             )
@@ -325,14 +323,6 @@ def failed_family(
             work=work,
             dtype=dtype,
             compiled=compiled,
-            threads=torch.get_num_threads(),
-            replaced=0,
-            unpatched=None,
-            patched=None,
-            ratio=None,
-            low=None,
-            high=None,
-            torch_version=str(torch.__version__),
             failed=f"{type(error).__name__}: {error}".splitlines()[0],
             forced=force,
         )
@@ -576,11 +566,7 @@ def main(
     console = Console()
     to_markdown = markdown_of_modules if modules else markdown
     if show is not None:
-        table = to_markdown(json.loads(show.read_text()))
-        if into is None:
-            print(table)
-        else:
-            put_between_marks(table, show.name, into)
+        show_table(to_markdown(json.loads(show.read_text())), show.name, into)
         return
     dtypes = tuple(DTYPES) if dtype == "both" else (dtype,)
     if not set(dtypes) <= set(DTYPES):

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.cpu.report import WARMED, Row, markdown, read, table, write
 from benchmarks.cpu.works import all_works
-from benchmarks.documents import put_between_marks
+from benchmarks.documents import show_table
 from gptfast import backend
 
 FOUND, WARM = "as found", "warmed"
@@ -93,10 +93,7 @@ def main(
     if show is not None:
         if not show.exists():
             raise SystemExit(f"--show: there is no file {show}")
-        if into is None:
-            print(markdown(read(show)))
-        else:
-            put_between_marks(markdown(read(show)), show.name, into)
+        show_table(markdown(read(show)), show.name, into)
         return
     # A file or a pipe has room for the whole table.
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -33,6 +33,7 @@ namespace gptfast::GPTFAST_ISA {
 namespace {
 
 constexpr int64_t kGrain = 8192;  // elements per thread: about 5 us of work, the price of a fork
+
 // The forms by their codes, which are the positions in ACTIVATIONS of gptfast/ops/glu.py.
 template <class Body>
 inline void with_form(int activation, const Body& body) {
@@ -42,6 +43,7 @@ inline void with_form(int activation, const Body& body) {
     case 2: return body(TanhForm{});
   }
 }
+
 // Splits the elements of an (M, N) matrix over threads, at whole cache lines; body(i, j, n) gets n
 // elements of row i from column j on.
 template <class Body>

@@ -252,21 +252,12 @@ def attention_forward(
         (B, T, H, Dv), contiguous, and None for the attention weights.
     """
     plan: Planned | None = None
+    given = module, query, key, value, attention_mask
     compiling = torch.compiler.is_compiling()
     patched = module if isinstance(module, Patched) else None
     small = not compiling and patched is not None and query.numel() < patched._gptfast_least
     if small and original == "sdpa" and softcap is None:  # at once: generation waits for it
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
+        return sdpa_attention_forward(*given, dropout, scaling, is_causal, **kwargs)
     ours = original is None if patched is None else not small and patched.worth(query)
     if ours:
         plan = _plan_of_call(module, query, key, attention_mask, is_causal, dropout, kwargs)
@@ -278,11 +269,7 @@ def attention_forward(
             patched.fell_back(plan)
     if not isinstance(plan, Plan):
         return _original(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
+            *given,
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
