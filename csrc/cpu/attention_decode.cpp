@@ -45,10 +45,11 @@ DECLARE_KERNEL(kv_cache_append, void(Heads x, int64_t stride_d, Heads cache, int
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-constexpr int64_t kPart = 256;  // keys: some 5 us of reading at D = 64, the price of a fork
+constexpr int64_t kPart =
+    256;  // keys, a multiple of kKeysAtOnce: some 5 us of reading at D = 64, the price of a fork
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kHeads = 16;          // their scores of a part, kFewRows each, are 64 KB
-constexpr int64_t kKeysAtOnce = 4;      // values that are summed before o is stored
+constexpr int64_t kKeysAtOnce = 4;      // that share a load of q, or of o
 constexpr int64_t kGrainBytes = 65536;  // copied by a thread: some 5 us
 
 struct Place {
@@ -93,6 +94,16 @@ inline void for_each_row(const Decode& call, const Task& task, Heads cache, cons
   }
 }
 
+// Calls body(n, count) with every kKeysAtOnce of n keys, and with the rest: count is a constant but for
+// those.
+template <class Body>
+inline void for_keys_at_once(int64_t keys, const Body& body) {
+  int64_t n = 0;
+  for (; n + kKeysAtOnce <= keys; n += kKeysAtOnce)
+    body(n, std::integral_constant<int64_t, kKeysAtOnce>{});
+  if (n < keys) body(n, keys - n);
+}
+
 // At most kFewRows rows of some heads, one by one: first all scores, key after key and head after head,
 // then the softmax of each row, then the sums of values in the same order as the scores.
 template <class T>
@@ -100,10 +111,10 @@ void visit_rows(const Decode& call, const Task& task) {
   const CacheShape& shape = call.shape;
   const int64_t D = shape.D, Dv = shape.Dv, width = ceil_to(D, W), keys = task.key_end - task.key;
   const int64_t rows = call.rows(), heads = task.h_kv_end - task.h_kv;
-  static thread_local Scratch q_scratch, p_scratch, v_scratch;
+  static thread_local Scratch q_scratch, p_scratch, rows_scratch;
   float* q = q_scratch.reserve(heads * rows * width);
   float* p = p_scratch.reserve(heads * rows * kPart);
-  const T** values = v_scratch.reserve<const T*>(kPart);
+  const T** cached = rows_scratch.reserve<const T*>(kPart);  // each key, then each value
 
   for (int64_t i = 0; i < heads * rows; ++i) {
     const int64_t m = i % rows, h = call.head(task.h_kv + i / rows, m);
@@ -111,13 +122,17 @@ void visit_rows(const Decode& call, const Task& task) {
     for_each_vector(D,
                     [&](int64_t d, auto part) { store(q + i * width + d, part.load(from + d)); });
   }
-  for_each_row<T>(call, task, call.k, [&](int64_t n, const T* k) {
-    for (int64_t i = 0; i < heads; ++i, k += call.k.stride_h)
+  for_each_row<T>(call, task, call.k, [&](int64_t n, const T* k) { cached[n] = k; });
+  for_keys_at_once(keys, [&](int64_t n, auto count) {
+    for (int64_t i = 0; i < heads; ++i)
       for (int64_t j = i * rows; j < (i + 1) * rows; ++j) {
-        f32v dot{};
-        for_each_vector(
-            D, [&](int64_t d, auto part) { dot += part.load(k + d) * load(q + j * width + d); });
-        p[j * kPart + n] = reduce_add(dot);
+        f32v dots[kKeysAtOnce]{};
+        for_each_vector(D, [&](int64_t d, auto part) {
+          const f32v q_part = load(q + j * width + d);
+          for (int64_t m = 0; m < count; ++m)
+            dots[m] += part.load(cached[n + m] + i * call.k.stride_h + d) * q_part;
+        });
+        reduce_add_4(dots, p + j * kPart + n);
       }
   });
 
@@ -151,26 +166,23 @@ void visit_rows(const Decode& call, const Task& task) {
     std::memset(call.o_parts + index * Dv, 0, Dv * sizeof(float));
   }
 
-  for_each_row<T>(call, task, call.v, [&](int64_t n, const T* v) { values[n] = v; });
+  for_each_row<T>(call, task, call.v, [&](int64_t n, const T* v) { cached[n] = v; });
   const int64_t o_stride = call.index(0, 1, 0, 0) * Dv;  // from head to head
   float* o_first = call.o_parts + call.index(task.b, task.h_kv, task.part, 0) * Dv;
-  auto add_values = [&](int64_t n, auto count) {  // of `count` keys, a constant but for the last
+  for_keys_at_once(keys, [&](int64_t n, auto count) {
     for (int64_t i = 0; i < heads; ++i)
       for (int64_t r = 0; r < rows; ++r) {
-        const float* weight = p + (i * rows + r) * kPart + n;
+        float weight[kKeysAtOnce];
+        std::memcpy(weight, p + (i * rows + r) * kPart + n, sizeof weight);
         float* o = o_first + i * o_stride + r * Dv;
         for_each_vector(Dv, [&](int64_t d, auto part) {
           f32v acc = part.load(o + d);
-          for (int64_t j = 0; j < count; ++j)
-            acc += weight[j] * part.load(values[n + j] + i * call.v.stride_h + d);
+          for (int64_t m = 0; m < count; ++m)
+            acc += weight[m] * part.load(cached[n + m] + i * call.v.stride_h + d);
           part.store(o + d, acc);
         });
       }
-  };
-  int64_t n = 0;
-  for (; n + kKeysAtOnce <= keys; n += kKeysAtOnce)
-    add_values(n, std::integral_constant<int64_t, kKeysAtOnce>{});
-  if (n < keys) add_values(n, keys - n);
+  });
 }
 
 // Keys [key, key + n) of a cache, n rows of D with one stride: copied where they lie in several pages.

@@ -114,17 +114,15 @@ class Scores {
 
   bool has_softcap() const { return softcap_ != 0; }
 
-  // The score of x = q . k before ALiBi and the mask.
-  f32v capped(f32v x) const {
-    const f32v s = x * scale_;
-    return has_softcap() ? softcap_ * tanh(s * (1 / softcap_)) : s;
+  // The score of x = q . k before ALiBi and the mask; with its derivative over scale.
+  GPTFAST_INLINE f32v capped(f32v x) const {
+    return has_softcap() ? softcap_ * tanh(x * (scale_ / softcap_)) : x * scale_;
+  }
+  GPTFAST_INLINE f32v capped(f32v x, f32v* slope) const {
+    return softcap_ * tanh(x * (scale_ / softcap_), slope);
   }
   // The score at a distance from the diagonal, before the mask, in units of log2.
-  f32v of(f32v x, f32v distance) const {
-    f32v s = capped(x);
-    if (slope_ != 0) s -= slope_ * abs(distance);
-    return s * kLog2E;
-  }
+  GPTFAST_INLINE f32v of(f32v x, f32v distance) const { return at_distance(capped(x), distance); }
 
   // tile: q . k, which becomes the score, -inf where it is masked, up to the factor that is
   // returned and not negative; damping: with softcap, ds/dx of each score, or null.
@@ -139,8 +137,14 @@ class Scores {
       for (int64_t m = 0; m < at.lanes(); m += W) {
         float* score = tile + n * at.stride + m;
         const f32v x = load(score);
-        if (damping) store(damping + n * at.stride + m, tanh_slope(x * (scale_ / softcap_)));
-        f32v s = of(x, static_cast<float>(distance - m) - lane_numbers());
+        const f32v far = static_cast<float>(distance - m) - lane_numbers();
+        f32v s, slope;
+        if (damping) {
+          s = at_distance(capped(x, &slope), far);
+          store(damping + n * at.stride + m, slope);
+        } else {
+          s = of(x, far);
+        }
         if (!covered) {
           const i32v lane = lane_index() + static_cast<int32_t>(m);
           s = select((lane >= first_lane) & (lane <= last_lane), s, set1(-INFINITY));
@@ -152,6 +156,10 @@ class Scores {
   }
 
  private:
+  GPTFAST_INLINE f32v at_distance(f32v s, f32v distance) const {
+    if (slope_ != 0) s -= slope_ * abs(distance);
+    return s * kLog2E;
+  }
   static int32_t clamp_lane(int64_t lane) {
     return static_cast<int32_t>(smaller(larger(lane, -1), kMostQueries));
   }

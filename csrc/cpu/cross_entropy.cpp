@@ -10,6 +10,7 @@
 // where none are given. A row whose target is `ignore_index` has loss 0 and gradient 0. Forward
 // reads the logits once from memory: a running maximum and sum are updated chunk by chunk, each
 // chunk small enough to stay in the first-level cache. Backward reads and writes once; dx may be x.
+#include <algorithm>
 #include <cfloat>
 
 #include "isa.h"
@@ -109,7 +110,9 @@ void backward(const float* dloss, const T* x, Cap cap, const int64_t* target, co
               float z_loss) {
   const float smooth = smoothing / V;
   const float weight_sum = weight && smoothing != 0 ? sum(weight, V) : V;
-  with_stores(dx, M, V, [&](auto stores) {
+  // Rows of odd V start anywhere: each is written up to a whole vector's alignment first.
+  const bool elements_aligned = reinterpret_cast<uintptr_t>(dx) % sizeof(T) == 0;
+  with_stores_if(elements_aligned, dx, M * V * sizeof(T), [&](auto stores) {
     parallel_for(M, rows_per_thread(V), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = target[i];
@@ -123,12 +126,15 @@ void backward(const float* dloss, const T* x, Cap cap, const int64_t* target, co
         const float hit = (1 - smoothing) * (weight ? weight[t] : 1.0f);
         const float scale = g * (hit + smooth * weight_sum + 2 * z_loss * lse[i]);
         const f32v at_target = load_n(row + t, 1);  // before dx overwrites it, if it does
-        for_each_vector(V, [&](int64_t c, auto part) {
+        const auto gradient = [&](int64_t c, auto part) {
           const f32v logit = part.load(row + c);
           f32v grad = scale * exp2((cap(logit) - lse[i]) * kLog2E);
           if (smooth != 0) grad -= g * smooth * (weight ? part.load(weight + c) : set1(1.0f));
           stores.store(part, out + c, grad * cap.slope(logit));
-        });
+        };
+        const int64_t head = std::min(elements_to_alignment(out), V);
+        if (head) gradient(0, Tail{head});
+        for_each_vector(V - head, [&](int64_t c, auto part) { gradient(head + c, part); });
         // The target's entry once more, in fp32 before it is rounded to the storage type.
         f32v grad = scale * exp(cap(at_target) - lse[i]) - g * hit;
         if (smooth != 0) grad -= set1(g * smooth * (weight ? weight[t] : 1.0f));

@@ -10,10 +10,10 @@ constexpr float kCubic = 0.044715f;
 constexpr float kSqrtHalf = 0.7071067811865476f;
 constexpr float kInvSqrt2Pi = 0.3989422804014327f;
 
-inline f32v sigmoid(f32v z) { return 1.0f / (1.0f + exp(-z)); }
+GPTFAST_INLINE f32v sigmoid(f32v z) { return 1.0f / (1.0f + exp(-z)); }
 
 // Phi for the erf form: erfc of a non-negative argument, reflected for x > 0.
-inline f32v normal_cdf(f32v x) {
+GPTFAST_INLINE f32v normal_cdf(f32v x) {
   const f32v tail = 0.5f * erfc_nonnegative(abs(x) * kSqrtHalf);
   return select(x > 0.0f, 1.0f - tail, tail);
 }
@@ -21,14 +21,14 @@ inline f32v normal_cdf(f32v x) {
 struct TanhForm {
   static constexpr float kTwoU = 2 * kSqrt2OverPi;
   // exp(-2 u) for x >= -10, where it is 2^126.
-  static f32v exponential(f32v x) {
+  GPTFAST_INLINE static f32v exponential(f32v x) {
     return exp2(x * (x * x * (-kTwoU * kCubic * kLog2E) - kTwoU * kLog2E));
   }
-  static f32v value(f32v x) {
+  GPTFAST_INLINE static f32v value(f32v x) {
     const f32v phi = reciprocal(1.0f + exponential(max(set1(-10.0f), x)));
     return x * select(x < -10.0f, f32v{}, phi);  // from 2^-126 on it is nothing
   }
-  static f32v slope(f32v x) {
+  GPTFAST_INLINE static f32v slope(f32v x) {
     // Beyond |x| = 10 the slope is 0 or 1 to the last bit; clamping keeps x^2 from overflowing.
     const f32v c = min(set1(10.0f), max(set1(-10.0f), x));
     // s and 1 - s from one exponential: 1 - s by subtraction would lose digits that u' brings back.
@@ -39,16 +39,16 @@ struct TanhForm {
 };
 
 struct ErfForm {
-  static f32v value(f32v x) { return x * normal_cdf(x); }
-  static f32v slope(f32v x) {
+  GPTFAST_INLINE static f32v value(f32v x) { return x * normal_cdf(x); }
+  GPTFAST_INLINE static f32v slope(f32v x) {
     const f32v c = min(set1(15.0f), max(set1(-15.0f), x));
     return normal_cdf(c) + c * (kInvSqrt2Pi * exp(-0.5f * c * c));
   }
 };
 
 struct SiluForm {
-  static f32v value(f32v x) { return x * sigmoid(x); }
-  static f32v slope(f32v x) {
+  GPTFAST_INLINE static f32v value(f32v x) { return x * sigmoid(x); }
+  GPTFAST_INLINE static f32v slope(f32v x) {
     // Beyond |x| = 200 the slope is 0 or 1; clamping keeps infinity out of the product.
     const f32v c = min(set1(200.0f), max(set1(-200.0f), x));
     const f32v q = exp(-abs(c));  // at most 1: neither s nor 1 - s overflows or loses digits

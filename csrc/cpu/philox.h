@@ -11,7 +11,7 @@ struct Philox {
 };
 
 // low and high halves of the 32 x 32 bit product, lane by lane
-inline void multiply_wide(u32v a, uint32_t b, u32v* high, u32v* low) {
+GPTFAST_INLINE void multiply_wide(u32v a, uint32_t b, u32v* high, u32v* low) {
   typedef uint64_t u64v __attribute__((vector_size(W * 4)));
   const u64v factor = b - u64v{};
   const u64v even_mask = 0xffffffffull - u64v{};
@@ -30,7 +30,7 @@ inline void multiply_wide(u32v a, uint32_t b, u32v* high, u32v* low) {
   *high = bit_cast<u32v>((even >> 32) | (odd & ~even_mask));
 }
 
-inline Philox philox(u32v c0, u32v c1, u32v c2, u32v c3, uint64_t key) {
+GPTFAST_INLINE Philox philox(u32v c0, u32v c1, u32v c2, u32v c3, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     u32v high0, low0, high1, low1;

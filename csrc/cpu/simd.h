@@ -23,6 +23,10 @@
 #error "compile with -DGPTFAST_ISA=<name> -DGPTFAST_VECTOR_BYTES=<16|32|64>"
 #endif
 
+// What is called for each vector. Compilers stop inlining in large files, and a call costs as much as
+// the arithmetic of most of these: all vector registers are the caller's to save.
+#define GPTFAST_INLINE [[gnu::always_inline]] inline
+
 namespace gptfast::GPTFAST_ISA {
 namespace {  // internal linkage: the linker must never merge code compiled for different levels
 
@@ -47,23 +51,25 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline f32v set1(float x) { return x - f32v{}; }
-inline i32v set1_i32(int32_t x) { return x - i32v{}; }
-inline u32v set1_u32(uint32_t x) { return x - u32v{}; }
+GPTFAST_INLINE f32v set1(float x) { return x - f32v{}; }
+GPTFAST_INLINE i32v set1_i32(int32_t x) { return x - i32v{}; }
+GPTFAST_INLINE u32v set1_u32(uint32_t x) { return x - u32v{}; }
 
-inline i32v lane_index() {  // 0, 1, ... W - 1
+GPTFAST_INLINE i32v lane_index() {  // 0, 1, ... W - 1
   i32v lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   return lane;
 }
 
-inline f32v lane_numbers() { return __builtin_convertvector(lane_index(), f32v); }
+GPTFAST_INLINE f32v lane_numbers() { return __builtin_convertvector(lane_index(), f32v); }
 
 // mask lanes are 0 or -1, as comparisons of vectors yield them
-inline f32v select(i32v mask, f32v if_true, f32v if_false) { return mask ? if_true : if_false; }
+GPTFAST_INLINE f32v select(i32v mask, f32v if_true, f32v if_false) {
+  return mask ? if_true : if_false;
+}
 
 // max/min return b where a is NaN: softmax still sees the NaN, in its sum.
-inline f32v max(f32v a, f32v b) {
+GPTFAST_INLINE f32v max(f32v a, f32v b) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_max_ps(a, b);
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -72,7 +78,7 @@ inline f32v max(f32v a, f32v b) {
   return a > b ? a : b;
 #endif
 }
-inline f32v min(f32v a, f32v b) {
+GPTFAST_INLINE f32v min(f32v a, f32v b) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_min_ps(a, b);
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -81,7 +87,7 @@ inline f32v min(f32v a, f32v b) {
   return a < b ? a : b;
 #endif
 }
-inline f32v sqrt(f32v x) {
+GPTFAST_INLINE f32v sqrt(f32v x) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_sqrt_ps(x);
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -91,9 +97,9 @@ inline f32v sqrt(f32v x) {
   return x;
 #endif
 }
-inline f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<i32v>(x) & set1_i32(0x7fffffff)); }
+GPTFAST_INLINE f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<i32v>(x) & set1_i32(0x7fffffff)); }
 
-inline float reduce_add(f32v v) {
+GPTFAST_INLINE float reduce_add(f32v v) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_reduce_add_ps(v);
 #else
@@ -102,7 +108,21 @@ inline float reduce_add(f32v v) {
   return s;
 #endif
 }
-inline float reduce_max(f32v v) {
+// The sums of four vectors, to out[0] to out[3].
+GPTFAST_INLINE void reduce_add_4(const f32v (&v)[4], float* out) {
+#if GPTFAST_VECTOR_BYTES == 64
+  const f32v ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+  const f32v cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+  const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+  const f32v abcd = _mm512_castpd_ps(_mm512_unpacklo_pd(p, q)) +
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));  // in each fourth of the vector
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  for (int k = 0; k < 4; ++k) out[k] = reduce_add(v[k]);
+#endif
+}
+GPTFAST_INLINE float reduce_max(f32v v) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_reduce_max_ps(v);
 #else
@@ -115,7 +135,7 @@ inline float reduce_max(f32v v) {
 // ---- Conversions -------------------------------------------------------------------------------
 
 // gcc 12 takes __builtin_convertvector apart where one instruction would do.
-inline u32v widen(u16v h) {
+GPTFAST_INLINE u32v widen(u16v h) {
 #if GPTFAST_VECTOR_BYTES == 64
   return bit_cast<u32v>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)));
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -124,7 +144,7 @@ inline u32v widen(u16v h) {
   return __builtin_convertvector(h, u32v);
 #endif
 }
-inline u16v narrow(u32v v) {  // the low halves
+GPTFAST_INLINE u16v narrow(u32v v) {  // the low halves
 #if GPTFAST_VECTOR_BYTES == 64
   return bit_cast<u16v>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
 #else
@@ -132,8 +152,8 @@ inline u16v narrow(u32v v) {  // the low halves
 #endif
 }
 
-inline f32v from_bits(u16v h, bf16) { return bit_cast<f32v>(widen(h) << 16); }
-inline u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
+GPTFAST_INLINE f32v from_bits(u16v h, bf16) { return bit_cast<f32v>(widen(h) << 16); }
+GPTFAST_INLINE u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__) && GPTFAST_VECTOR_BYTES == 64
   return bit_cast<u16v>(_mm512_cvtneps_pbh(v));
 #else
@@ -144,7 +164,7 @@ inline u16v to_bits(f32v v, bf16) {  // round to nearest even; NaN stays NaN
 #endif
 }
 
-inline f32v from_bits(u16v h, f16) {
+GPTFAST_INLINE f32v from_bits(u16v h, f16) {
 #if GPTFAST_VECTOR_BYTES == 64
   return _mm512_cvtph_ps(bit_cast<__m256i>(h));
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -159,7 +179,7 @@ inline f32v from_bits(u16v h, f16) {
   return bit_cast<f32v>(magnitude | ((u & 0x8000) << 16));
 #endif
 }
-inline u16v to_bits(f32v v, f16) {
+GPTFAST_INLINE u16v to_bits(f32v v, f16) {
 #if GPTFAST_VECTOR_BYTES == 64
   return bit_cast<u16v>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif GPTFAST_VECTOR_BYTES == 32
@@ -178,52 +198,56 @@ inline u16v to_bits(f32v v, f16) {
 }
 
 // The nearest value that a storage type holds.
-inline f32v round_to(f32v v, float) { return v; }
+GPTFAST_INLINE f32v round_to(f32v v, float) { return v; }
 template <class T>
-inline f32v round_to(f32v v, T) {
+GPTFAST_INLINE f32v round_to(f32v v, T) {
   return from_bits(to_bits(v, T{}), T{});
 }
 
 // ---- Loads and stores: unaligned, and of the first n lanes only (the rest read as zero) --------
 
-inline f32v load(const float* p) {
+GPTFAST_INLINE f32v load(const float* p) {
   f32v v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <class T>
-inline f32v load(const T* p) {
+GPTFAST_INLINE f32v load(const T* p) {
   u16v h;
   std::memcpy(&h, p, sizeof h);
   return from_bits(h, T{});
 }
-inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+GPTFAST_INLINE void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 template <class T>
-inline void store(T* p, f32v v) {
+GPTFAST_INLINE void store(T* p, f32v v) {
   const u16v h = to_bits(v, T{});
   std::memcpy(p, &h, sizeof h);
 }
 #if GPTFAST_VECTOR_BYTES == 64
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
-inline f32v load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-inline void store_n(float* p, f32v v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+GPTFAST_INLINE f32v load_n(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+GPTFAST_INLINE void store_n(float* p, f32v v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
 template <class T>
-inline f32v load_n(const T* p, int64_t n) {
+GPTFAST_INLINE f32v load_n(const T* p, int64_t n) {
   return from_bits(bit_cast<u16v>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), T{});
 }
 template <class T>
-inline void store_n(T* p, f32v v, int64_t n) {
+GPTFAST_INLINE void store_n(T* p, f32v v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), bit_cast<__m256i>(to_bits(v, T{})));
 }
 #else
 template <class T>
-inline f32v load_n(const T* p, int64_t n) {
+GPTFAST_INLINE f32v load_n(const T* p, int64_t n) {
   T lanes[W] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
 }
 template <class T>
-inline void store_n(T* p, f32v v, int64_t n) {
+GPTFAST_INLINE void store_n(T* p, f32v v, int64_t n) {
   T lanes[W];
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
@@ -282,8 +306,8 @@ inline void sum_vectors(int64_t n, float (&totals)[K], Term&& term) {
   for (int k = 0; k < K; ++k) totals[k] = reduce_add((a[k] + b[k]) + (c[k] + d[k]));
 }
 
-// 1 / x to 2 ulp, for 2^-126 <= |x| <= 2^126 and NaN: the divider takes twice as long.
-inline f32v reciprocal(f32v x) {
+// 1 / x to 2 ulp, and a / x to 1, for 2^-126 <= |x| <= 2^126 and NaN: the divider takes twice as long.
+GPTFAST_INLINE f32v reciprocal(f32v x) {
 #if GPTFAST_VECTOR_BYTES == 64
   const f32v y = _mm512_rcp14_ps(x);
   return y * (2.0f - x * y);
@@ -291,16 +315,24 @@ inline f32v reciprocal(f32v x) {
   return 1.0f / x;
 #endif
 }
+GPTFAST_INLINE f32v quotient(f32v a, f32v x) {
+#if GPTFAST_VECTOR_BYTES == 64
+  const f32v y = reciprocal(x), q = a * y;
+  return y * (a - q * x) + q;
+#else
+  return a / x;
+#endif
+}
 
 // ---- exp, erfc, tanh ----------------------------------------------------------------------------
 // Polynomials fitted for the least relative error (Lawson-weighted least squares in fp64).
 
 // 2^n for integral n in [-126, 127]
-inline f32v exp2_int(i32v n) { return bit_cast<f32v>((n + 127) << 23); }
+GPTFAST_INLINE f32v exp2_int(i32v n) { return bit_cast<f32v>((n + 127) << 23); }
 
 // exp(x): x = n ln2 + r with |r| <= ln2 / 2, and exp(r) = 1 + r + r^2 q(r).
 // Results below the smallest normal number are flushed to zero; NaN and infinities as in libm.
-inline f32v exp(f32v x) {
+GPTFAST_INLINE f32v exp(f32v x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.72283f;
   const f32v shift = set1(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
   const f32v clamped = min(max(x, set1(kLowest)), set1(kHighest));
@@ -325,7 +357,7 @@ constexpr float kLog2E = 1.4426950408889634f;  // exp(x) = exp2(x kLog2E)
 
 // 2^x for x < 127.5, to 3 ulp: cheaper than exp, without the care for the ends of the range. Results
 // below 2^-126 may be zero; NaN stays NaN. The polynomial for 2^r, |r| <= 1/2, errs by 2^-23.4.
-inline f32v exp2(f32v x) {
+GPTFAST_INLINE f32v exp2(f32v x) {
   const f32v shift = set1(0x1.8p23f + 127);  // adding it leaves the biased exponent in the low bits
   x = max(set1(-127.0f), x);
   const f32v t = x + shift;
@@ -338,7 +370,7 @@ inline f32v exp2(f32v x) {
 }
 
 // erfc(z) for z >= 0: exp(-z^2) t P(t) with t = 1 / (1 + 0.4 z).
-inline f32v erfc_nonnegative(f32v z) {
+GPTFAST_INLINE f32v erfc_nonnegative(f32v z) {
   const f32v t = 1.0f / (1.0f + 0.4f * z);
   f32v p = t * -3.059556352e-02f + 2.034763795e-01f;
   p = p * t - 5.117258100e-01f;
@@ -353,18 +385,19 @@ inline f32v erfc_nonnegative(f32v z) {
 }
 
 // tanh(y): (1 - e) / (1 + e) with e = exp(-2 |y|); below 1/2, where 1 - e cancels, y + y^3 q(y^2).
-inline f32v tanh(f32v y) {
-  const f32v e = exp(-2.0f * abs(y)), square = y * y;
+// Also its slope, 1 / cosh(y)^2, which 1 - tanh(y)^2 would lose to cancellation.
+GPTFAST_INLINE f32v tanh(f32v y, f32v* slope) {
+  const f32v e = exp(-2.0f * abs(y)), r = reciprocal(1.0f + e), square = y * y;
+  *slope = 4.0f * e * r * r;
   f32v q = square * 1.724154688e-2f - 5.304551870e-2f;
   q = q * square + 1.332587898e-1f;
   q = q * square - 3.333314359e-1f;
-  const f32v large = (1.0f - e) / (1.0f + e);
+  const f32v large = quotient(1.0f - e, 1.0f + e);
   return select(abs(y) < 0.5f, y * square * q + y, select(y < 0.0f, -large, large));
 }
-// Its slope, 1 / cosh(y)^2, which 1 - tanh(y)^2 would lose to cancellation.
-inline f32v tanh_slope(f32v y) {
-  const f32v e = exp(-2.0f * abs(y)), r = 1.0f / (1.0f + e);
-  return 4.0f * e * r * r;
+GPTFAST_INLINE f32v tanh(f32v y) {
+  f32v slope;
+  return tanh(y, &slope);
 }
 
 }  // namespace

@@ -26,8 +26,11 @@ void simd_tanh(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, tanh(part.load(x + i))); });
 }
 void simd_tanh_slope(const float* x, float* y, int64_t n) {
-  for_each_vector(n,
-                  [&](int64_t i, auto part) { part.store(y + i, tanh_slope(part.load(x + i))); });
+  for_each_vector(n, [&](int64_t i, auto part) {
+    f32v slope;
+    tanh(part.load(x + i), &slope);
+    part.store(y + i, slope);
+  });
 }
 void simd_convert(const void* x, DType from, void* y, DType to, int64_t n) {
   with_dtype(from, [&](auto f) {

@@ -6,13 +6,17 @@ namespace gptfast::GPTFAST_ISA {
 namespace {
 
 struct Plain {
-  f32v operator()(f32v x) const { return x; }
-  f32v slope(f32v) const { return set1(1.0f); }
+  GPTFAST_INLINE f32v operator()(f32v x) const { return x; }
+  GPTFAST_INLINE f32v slope(f32v) const { return set1(1.0f); }
 };
 struct Softcap {
   float k;
-  f32v operator()(f32v x) const { return k * tanh(x / k); }
-  f32v slope(f32v x) const { return tanh_slope(x / k); }
+  GPTFAST_INLINE f32v operator()(f32v x) const { return k * tanh(x * (1 / k)); }
+  GPTFAST_INLINE f32v slope(f32v x) const {
+    f32v slope;
+    tanh(x * (1 / k), &slope);
+    return slope;
+  }
 };
 
 }  // namespace

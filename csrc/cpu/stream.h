@@ -67,20 +67,32 @@ inline bool is_fresh(const void* result, int64_t bytes) {
 #endif
 }
 
-// Calls body with the stores that suit a result of M rows and N columns, of which every row is
-// written from its first column, or from a multiple of 64 columns.
+// Calls body with the stores that suit a result of so many bytes, which starts at `result`. aligned: a
+// `Whole` store's address is always a multiple of what it stores.
+template <class Body>
+inline void with_stores_if(bool aligned, const void* result, int64_t bytes, const Body& body) {
+  // The system has just cleared fresh pages, in the caches: they are no place to stream past.
+  if (bytes < kStreamBytes || is_fresh(result, bytes) || W == 4 || !aligned)
+    body(PlainStores{});
+  else
+    body(StreamingStores{});
+}
+
+// The same for M rows and N columns, of which every row is written from its first column, or from a
+// multiple of 64 columns.
 template <class T, class Body>
 inline void with_stores(const T* result, int64_t M, int64_t N, const Body& body) {
   constexpr int64_t kAlignment = W * sizeof(T);
   const int64_t row_bytes = N * static_cast<int64_t>(sizeof(T));
   const bool aligned = reinterpret_cast<uintptr_t>(result) % kAlignment == 0 &&
                        (M == 1 || row_bytes % kAlignment == 0);
-  const bool large = M * row_bytes >= kStreamBytes;
-  // The system has just cleared fresh pages, in the caches: they are no place to stream past.
-  if (!large || is_fresh(result, M * row_bytes) || W == 4 || !aligned)
-    body(PlainStores{});
-  else
-    body(StreamingStores{});
+  with_stores_if(aligned, result, M * row_bytes, body);
+}
+
+// How many elements lie before the first of a whole vector's alignment.
+template <class T>
+inline int64_t elements_to_alignment(const T* p) {
+  return -(reinterpret_cast<uintptr_t>(p) / sizeof(T)) % W;
 }
 
 // Copies whole lines of 64 bytes past the caches. Both pointers are multiples of 64.

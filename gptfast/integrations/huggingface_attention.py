@@ -157,15 +157,15 @@ def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, tuple[int, int] |
     parts = _closure(mask_function)["mask_functions"]
     if len(parts) != 2:
         return None
-    overlay, width = _maker(parts[0]), _closure(parts[0]).get("sliding_window", 0)
-    if overlay == "sliding_window_overlay" and parts[1] is causal_mask_function:
-        return True, (width - 1, 0)
-    if (
-        overlay == "sliding_window_bidirectional_overlay"
-        and parts[1] is bidirectional_mask_function
-    ):
-        return False, (width, width)
-    return None
+    windows = {  # by what made the overlay
+        "sliding_window_overlay": (causal_mask_function, True),
+        "sliding_window_bidirectional_overlay": (bidirectional_mask_function, False),
+    }
+    other, causal = windows.get(_maker(parts[0]) or "", (None, False))
+    if parts[1] is not other:
+        return None
+    width = _closure(parts[0])["sliding_window"]
+    return causal, ((width - 1, 0) if causal else (width, width))
 
 
 def _maker(function: Any) -> str | None:
