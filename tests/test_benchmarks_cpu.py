@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +147,10 @@ def test_the_command_writes_its_rows(tmp_path, capsys):
     contenders = {name for kind in (OURS, EAGER) for name in (kind, kind + WARMED)}
     assert {r.contender for r in report.read(file)} == contenders
     assert "layer_norm" in capsys.readouterr().out
+
+
+def test_the_documented_table_is_that_of_the_rows():
+    root = Path(__file__).resolve().parents[1]
+    table = report.markdown(report.read(root / "benchmarks/results/cpu.json"))
+    marked = f"<!-- cpu.json -->\n{table}\n<!-- end of cpu.json -->\n"
+    assert marked in (root / "docs/cpu.md").read_text()
