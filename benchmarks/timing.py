@@ -50,7 +50,8 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds per call of every contender in each of `rounds` rounds.
 
-    Every second round goes through them backwards: none is always the one that comes after another.
+    Every second round is the one before it backwards, and each pair of rounds begins with the next
+    contender: each comes after itself, and after another, as often as the others do.
 
     Args:
         contenders: what to call, by name.
@@ -65,6 +66,8 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         order = list(contenders.items())
+        first = number // 2 % len(order)
+        order = order[first:] + order[:first]
         for name, call in reversed(order) if number % 2 else order:
             calls = 0
             start = time.perf_counter()

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import time
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -111,8 +113,20 @@ def test_contenders_take_turns():
     order = []
     contenders = {name: (lambda name=name: order.append(name)) for name in "ab"}
     timings = interleave(contenders, rounds=3, warmup=1, seconds_per_turn=0)
-    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(order) == "ab" + "ab" + "ba" + "ba"
     assert set(timings) == {"a", "b"}
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+def test_each_contender_comes_after_each_equally_often(names):
+    order = []
+    contenders = {name: (lambda name=name: order.append(name)) for name in names}
+    interleave(contenders, rounds=2 * len(names) + 1, warmup=0, seconds_per_turn=0)
+    turns = order[: 2 * len(names) ** 2 + 1]  # with the first of the next cycle
+    for itself in (True, False):
+        after = Counter(b for a, b in pairwise(turns) if (a == b) is itself)
+        assert set(after) == set(names)
+        assert len(set(after.values())) == 1
 
 
 def test_timing_measures_a_known_sleep():

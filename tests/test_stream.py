@@ -40,6 +40,9 @@ def test_cross_entropy(isa, dtype, columns):
     for _ in range(2):
         loss = gptfast.cross_entropy(logits, target, reduction="sum")
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], grad)
+    x = logits * 1  # no leaf: its memory takes the gradient
+    loss = gptfast.cross_entropy(x, target, reduction="sum", inplace_backward=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

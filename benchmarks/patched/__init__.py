@@ -7,8 +7,8 @@
 
 Contenders take turns, on the same weights in the same memory: where a copy happens to lie changes
 the time of a model this small. Rows are written when a family is done, and `--resume` goes on
-behind the last one. A family that fails is shown as failed, the others are timed all the same, and
-the exit status is 1. Before anything is timed, logits, loss and gradients of the patched model are
+behind the last one. What fails is shown as failed, the rest is timed all the same, and the exit
+status is 1. Before anything is timed, logits, loss and gradients of the patched model are
 held against the unpatched one's, both against fp64, in the mode that the model is made in and
 uncompiled: no figure is given for a model that computes something else there. What `torch.compile`
 makes of the two, and generated text, are not compared here; tests do that, on smaller models.

@@ -76,7 +76,8 @@ def main(
             f"--resume: expected rows of torch {here[0]} and {here[1]} threads in {json_file}, "
             f"got some of torch {version} and {threads}"
         )
-    finished = (row for row in there if row.low is not None and row.forced == force)
+    timed = (row for row in there if row.low is not None and row.again is not None)
+    finished = (row for row in timed if row.forced == force)
     done = {(row.family, row.work, row.dtype, row.compiled) for row in finished}
     rows: list[Any] = []
     start = time.monotonic()

@@ -18,7 +18,7 @@ class Row:
     `ratio` says how many times faster the patched model is: the median over the rounds, which lies
     from `low` to `high` with 95 % confidence; None where there were too few rounds to say so.
     again: the same ratio for one more copy of the unpatched model: what chance does.
-    A family that failed has no figures. forced: every op, also where it was measured to be slower.
+    What failed has no figures. forced: every op, also where it was measured to be slower.
     """
 
     family: str

@@ -45,12 +45,12 @@ DECLARE_KERNEL(kv_cache_append, void(Heads x, int64_t stride_d, Heads cache, int
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-constexpr int64_t kPart =
-    256;  // keys, a multiple of kKeysAtOnce: some 5 us of reading at D = 64, the price of a fork
+constexpr int64_t kPart = 256;  // keys: some 5 us of reading at D = 64, the price of a fork
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kHeads = 16;          // their scores of a part, kFewRows each, are 64 KB
-constexpr int64_t kKeysAtOnce = 4;      // that share a load of q, or of o
-constexpr int64_t kGrainBytes = 65536;  // copied by a thread: some 5 us
+constexpr int64_t kHeads = 16;      // their scores of a part, kFewRows each, are 64 KB
+constexpr int64_t kKeysAtOnce = 4;  // that share a load of q, or of o
+static_assert(kKeysAtOnce == 4 && kPart % kKeysAtOnce == 0);  // as reduce_add_4 writes into p
+constexpr int64_t kGrainBytes = 65536;                        // copied by a thread: some 5 us
 
 struct Place {
   int64_t page, slot;

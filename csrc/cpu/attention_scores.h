@@ -114,7 +114,7 @@ class Scores {
 
   bool has_softcap() const { return softcap_ != 0; }
 
-  // The score of x = q . k before ALiBi and the mask; with its derivative over scale.
+  // The score of x = q . k before ALiBi and the mask; with softcap also ds / d(scale x).
   GPTFAST_INLINE f32v capped(f32v x) const {
     return has_softcap() ? softcap_ * tanh(x * (scale_ / softcap_)) : x * scale_;
   }
@@ -125,7 +125,7 @@ class Scores {
   GPTFAST_INLINE f32v of(f32v x, f32v distance) const { return at_distance(capped(x), distance); }
 
   // tile: q . k, which becomes the score, -inf where it is masked, up to the factor that is
-  // returned and not negative; damping: with softcap, ds/dx of each score, or null.
+  // returned and not negative; damping: with softcap, `slope` of each score, or null.
   float finish(float* tile, const TileShape& at, float* damping) const {
     const bool covered = band.covers(at);
     if (covered && !has_softcap() && slope_ == 0 && scale_ >= 0) return scale_ * kLog2E;

@@ -23,8 +23,8 @@
 #error "compile with -DGPTFAST_ISA=<name> -DGPTFAST_VECTOR_BYTES=<16|32|64>"
 #endif
 
-// What is called for each vector. Compilers stop inlining in large files, and a call costs as much as
-// the arithmetic of most of these: all vector registers are the caller's to save.
+// For arithmetic on vectors: compilers stop inlining in large files, and a call costs as much as most
+// of these do, since the caller has to save its vectors and to load its constants anew.
 #define GPTFAST_INLINE [[gnu::always_inline]] inline
 
 namespace gptfast::GPTFAST_ISA {
@@ -306,7 +306,7 @@ inline void sum_vectors(int64_t n, float (&totals)[K], Term&& term) {
   for (int k = 0; k < K; ++k) totals[k] = reduce_add((a[k] + b[k]) + (c[k] + d[k]));
 }
 
-// 1 / x to 2 ulp, and a / x to 1, for 2^-126 <= |x| <= 2^126 and NaN: the divider takes twice as long.
+// 1 / x to 2 ulp, for 2^-126 <= |x| <= 2^126 and NaN: the divider takes twice as long.
 GPTFAST_INLINE f32v reciprocal(f32v x) {
 #if GPTFAST_VECTOR_BYTES == 64
   const f32v y = _mm512_rcp14_ps(x);
@@ -315,6 +315,7 @@ GPTFAST_INLINE f32v reciprocal(f32v x) {
   return 1.0f / x;
 #endif
 }
+// a / x to 1 ulp, for a and x from 2^-20 to 2^20, a of 0, and NaN.
 GPTFAST_INLINE f32v quotient(f32v a, f32v x) {
 #if GPTFAST_VECTOR_BYTES == 64
   const f32v y = reciprocal(x), q = a * y;

@@ -1,5 +1,7 @@
 // What becomes of a logit before everything else: nothing, or k tanh(x / k).
 #pragma once
+#include <cfloat>
+
 #include "simd.h"
 
 namespace gptfast::GPTFAST_ISA {
@@ -10,11 +12,12 @@ struct Plain {
   GPTFAST_INLINE f32v slope(f32v) const { return set1(1.0f); }
 };
 struct Softcap {
-  float k;
-  GPTFAST_INLINE f32v operator()(f32v x) const { return k * tanh(x * (1 / k)); }
+  explicit Softcap(float k) : k(k), inverse(1 / k < FLT_MAX ? 1 / k : FLT_MAX) {}
+  float k, inverse;
+  GPTFAST_INLINE f32v operator()(f32v x) const { return k * tanh(x * inverse); }
   GPTFAST_INLINE f32v slope(f32v x) const {
     f32v slope;
-    tanh(x * (1 / k), &slope);
+    tanh(x * inverse, &slope);
     return slope;
   }
 };
