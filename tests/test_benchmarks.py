@@ -118,7 +118,7 @@ def test_contenders_take_turns():
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
-def test_each_contender_comes_after_each_equally_often(names):
+def test_each_contender_comes_after_itself_and_others_as_often_as_the_rest(names):
     order = []
     contenders = {name: (lambda name=name: order.append(name)) for name in names}
     interleave(contenders, rounds=2 * len(names) + 1, warmup=0, seconds_per_turn=0)
