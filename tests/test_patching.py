@@ -259,6 +259,12 @@ def test_a_causal_hint_without_a_mask_is_refused_as_by_the_original():
     assert report.fallbacks == {("attention", "is_causal without attn_mask"): 1}
 
 
+class WatchingAttention(nn.Module):
+    def forward(self, x):
+        self.found = F.scaled_dot_product_attention
+        return F.scaled_dot_product_attention(x, x, x)
+
+
 def test_what_was_measured_to_be_slower_is_left_alone():
     model = nn.ModuleDict({"erf": nn.GELU(), "tanh": nn.GELU("tanh"), "norm": nn.LayerNorm(16)})
     report = gptfast.patch(model)
@@ -278,6 +284,11 @@ def test_what_was_measured_to_be_slower_is_left_alone():
         with gptfast.testing.record_calls() as recorded:
             attn.train(training)(x, x, x, need_weights=False)
         assert len(recorded.calls) == calls
+    own = WatchingAttention()
+    gptfast.patch(own)
+    for training in (False, True):
+        own.train(training)(x.unflatten(-1, (4, 64)).transpose(1, 2))
+        assert (own.found is F.scaled_dot_product_attention) is not training
     graphs = []
 
     def look(graph, inputs):

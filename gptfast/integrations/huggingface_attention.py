@@ -255,7 +255,11 @@ def attention_forward(
     given = module, query, key, value, attention_mask
     compiling = torch.compiler.is_compiling()
     patched = module if isinstance(module, Patched) else None
-    small = not compiling and patched is not None and query.numel() < patched._gptfast_least
+    small = (
+        not compiling
+        and patched is not None
+        and query.numel() < patched._gptfast_least[patched.training]
+    )
     if small and original == "sdpa" and softcap is None:  # at once: generation waits for it
         return sdpa_attention_forward(*given, dropout, scaling, is_causal, **kwargs)
     ours = original is None if patched is None else not small and patched.worth(query)

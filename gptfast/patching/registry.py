@@ -43,7 +43,8 @@ class Patched(nn.Module):
     _gptfast_mixin: ClassVar[type[Patched]]
     _gptfast_forced: ClassVar[bool]  # whether the user named the op
     _gptfast_state: dict[str, Any]
-    _gptfast_least: ClassVar[int]  # elements below which the op is never worth it
+    # Elements below which the op is never worth it, outside of training and in training.
+    _gptfast_least: ClassVar[tuple[int, int]]
     measured: ClassVar[str] = ""  # under which name `speed.py` has it, if not the op's
     # Whether what the op gets has no more elements than the first input of a forward: a smaller
     # input than `_gptfast_least` then goes to the old class before anything else is asked.
@@ -104,7 +105,8 @@ def patched_class(
     key = base, mixin, op, forced
     if key in _classes:
         return _classes[key]
-    least = 0 if forced else smallest(mixin.measured or op)
+    what = mixin.measured or op
+    least = (0, 0) if forced else (smallest(what, False), smallest(what, True))
     attributes: dict[str, Any] = {
         "_gptfast_op": op,
         "_gptfast_base": base,
@@ -116,12 +118,14 @@ def patched_class(
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    if least and mixin.sized_by_input and mixin.forward is not nn.Module.forward:
+    if not forced and mixin.sized_by_input and mixin.forward is not nn.Module.forward:
         attributes["forward"] = _unless_small(mixin, base, least)
     return _classes.setdefault(key, type(base.__name__, (mixin, base), attributes))
 
 
-def _unless_small(mixin: type[Patched], base: type[nn.Module], least: int) -> Callable[..., Any]:
+def _unless_small(
+    mixin: type[Patched], base: type[nn.Module], least: tuple[int, int]
+) -> Callable[..., Any]:
     """The mixin's forward, but of an input of less than `least` elements the old class's.
 
     Generation makes such a call of every module for every token: this is all that it costs then.
@@ -135,7 +139,7 @@ def _unless_small(mixin: type[Patched], base: type[nn.Module], least: int) -> Ca
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         # Compiling first: else the size is compared all the same.
-        if is_compiling() or not isinstance(x, Tensor) or x.numel() >= least:
+        if is_compiling() or not isinstance(x, Tensor) or x.numel() >= least[self.training]:
             return mixin.forward(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 

@@ -83,9 +83,10 @@ def is_worth(what: str, x: torch.Tensor, compiled: bool, training: bool) -> bool
     return x.numel() >= least
 
 
-def smallest(what: str) -> int:
-    """Elements below which `what` is worth it nowhere."""
-    sizes = [speed.in_training or speed.at_least for key, speed in SPEED.items() if key[0] == what]
+def smallest(what: str, training: bool) -> int:
+    """Elements below which `what` is worth it on no device and in no dtype."""
+    known = [speed for key, speed in SPEED.items() if key[0] == what]
+    sizes = [(training and speed.in_training) or speed.at_least for speed in known]
     return min((size for size in sizes if size is not None), default=sys.maxsize)
 
 

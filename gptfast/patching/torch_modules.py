@@ -380,7 +380,7 @@ class FastFunctions(Patched):
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if torch.compiler.is_compiling() or (
             isinstance(x, torch.Tensor)
-            and x.numel() * self._gptfast_state["widest"] < self._gptfast_least
+            and x.numel() * self._gptfast_state["widest"] < self._gptfast_least[self.training]
         ):
             return super().forward(*args, **kwargs)
         caller = self._gptfast_base.forward.__code__
