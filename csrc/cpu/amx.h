@@ -130,6 +130,15 @@ inline void pack_pairs(const bf16* x, int64_t width, int64_t rows, uint32_t* out
     }
 }
 
+// Numbers of two rows, rounded, as 16 pairs of the second form.
+GPTFAST_INLINE void store_pairs(uint32_t* out, f32v even, f32v odd) {
+  alignas(64) static constexpr uint16_t kZip[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kZip), both));
+}
+
 // Two rows of 32 fp32 numbers, rounded: as rows of the first form, and as 32 pairs of the second.
 template <bool ROWS, bool PAIRS>
 inline void round_two_rows(const f32v (&x)[2][2], bf16* rows, int64_t width, uint32_t* pairs) {
@@ -137,15 +146,8 @@ inline void round_two_rows(const f32v (&x)[2][2], bf16* rows, int64_t width, uin
     for (int i = 0; i < 2; ++i)
       _mm512_storeu_si512(rows + i * width,
                           bit_cast<__m512i>(_mm512_cvtne2ps_pbh(x[i][1], x[i][0])));
-  if constexpr (PAIRS) {
-    alignas(64) static constexpr uint16_t kZip[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    for (int j = 0; j < 2; ++j) {
-      const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1][j], x[0][j]));
-      _mm512_storeu_si512(pairs + 16 * j, _mm512_permutexvar_epi16(_mm512_load_si512(kZip), both));
-    }
-  }
+  if constexpr (PAIRS)
+    for (int j = 0; j < 2; ++j) store_pairs(pairs + 16 * j, x[0][j], x[1][j]);
 }
 
 // fp32 rows of `stride`, rounded: rows x columns numbers, padded with zeros to multiples of 32 rows

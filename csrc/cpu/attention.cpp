@@ -53,9 +53,9 @@ namespace {
 
 // Up to here a sixteenth of a tile's lanes at most would be used.
 constexpr int64_t kFewQueries = 4;
-// Blocks of queries that share the packing of keys and values, which costs some tenth of what one of
-// them does with these.
-constexpr int64_t kSharing = 8;
+// Blocks of queries of a backward task that share the packing of keys and values, which costs some
+// tenth of what one of them does with these.
+constexpr int64_t kBackwardSharing = 8;
 // Keys, values and their gradients of a chunk fill half of a second-level cache of 1 MiB at D = 64.
 constexpr int64_t kChunk = 8 * kKeys;
 
@@ -130,7 +130,7 @@ struct QueryBlock {  // what a block of queries has gathered so far
   Softmax softmax;
 };
 
-// Queries [begin, end) of one head, at most kSharing blocks.
+// Queries [begin, end) of one head, at most Unit::kSharing blocks.
 template <class Unit, class T>
 void forward_blocks(const Forward& call, int64_t b, int64_t h, int64_t begin, int64_t end) {
   constexpr int64_t kQueries = Unit::kQueries;
@@ -139,13 +139,13 @@ void forward_blocks(const Forward& call, int64_t b, int64_t h, int64_t begin, in
   const int64_t D = shape.D, Dv = shape.Dv, h_kv = h / (shape.H / shape.H_kv);
   const Scores scores(call.options, sequence.T, sequence.S, b, h, shape.H);
 
-  static thread_local QueryBlock<Unit> blocks[kSharing];
-  static thread_local typename Unit::Operand k, v, p;
-  static thread_local Scratch tile_scratch, rows_scratch;
+  static thread_local QueryBlock<Unit> blocks[Unit::kSharing];
+  static thread_local typename Unit::Operand k, v, p[Unit::kTogether];
+  static thread_local Scratch tiles_scratch, rows_scratch;
   [[maybe_unused]] const typename Unit::Session session;
 
   const int64_t o_size = Unit::width(Dv) * kQueries;
-  float* tile = tile_scratch.reserve(kKeys * kQueries);
+  float* tiles = tiles_scratch.reserve(Unit::kTogether * kKeys * kQueries);
   float* o_rows = rows_scratch.reserve(o_size);
   for (int64_t query = begin; query < end; query += kQueries) {
     QueryBlock<Unit>& block = blocks[(query - begin) / kQueries];
@@ -161,20 +161,34 @@ void forward_blocks(const Forward& call, int64_t b, int64_t h, int64_t begin, in
     k.template pack<kLeft>(row<const T>(call.k, b, h_kv, first_key), call.k.stride_t, keys, D);
     v.template pack<kLeftTransposed>(row<const T>(call.v, b, h_kv, first_key), call.v.stride_t,
                                      keys, Dv);
-    for (int64_t query = begin; query < end; query += kQueries) {
-      const TileShape at{query, smaller(kQueries, end - query), key, keys, kQueries};
-      if (!scores.band.touches(at)) continue;
-      QueryBlock<Unit>& block = blocks[(query - begin) / kQueries];
-      float* o_t = block.o_t.reserve(o_size);
-      Unit::multiply(keys, at.queries, D, k.left(), block.q.right_transposed(), tile, kQueries,
-                     false);
-      const float factor = scores.finish(tile, at, nullptr);
-      const bool moved = scores.dropout.active()
-                             ? block.softmax.template add<true>(tile, at, factor, scores.dropout)
-                             : block.softmax.template add<false>(tile, at, factor, scores.dropout);
-      if (moved) block.softmax.apply_rescale(o_t, Dv, at);
-      p.template pack_tile<kRight>(tile, kQueries, keys, at.queries);
-      Unit::multiply(Dv, at.queries, keys, v.left_transposed(), p.right(), o_t, kQueries, true);
+    const auto tile_at = [&](int64_t i) {
+      const int64_t query = begin + i * kQueries;
+      return TileShape{query, smaller(kQueries, end - query), key, keys, kQueries};
+    };
+    // Those of the blocks that see any of these keys follow each other.
+    int64_t first = 0, last = (end - begin + kQueries - 1) / kQueries;
+    while (first < last && !scores.band.touches(tile_at(first))) ++first;
+    while (first < last && !scores.band.touches(tile_at(last - 1))) --last;
+    for (; first < last; first += Unit::kTogether) {
+      const int64_t together = smaller(Unit::kTogether, last - first);
+      for (int64_t i = 0; i < together; ++i)
+        Unit::multiply(keys, tile_at(first + i).queries, D, k.left(),
+                       blocks[first + i].q.right_transposed(), tiles + i * kKeys * kQueries,
+                       kQueries, false);
+      for (int64_t i = 0; i < together; ++i) {
+        const TileShape at = tile_at(first + i);
+        float* tile = tiles + i * kKeys * kQueries;
+        QueryBlock<Unit>& block = blocks[first + i];
+        const float factor = scores.finish(tile, at, nullptr);
+        const bool moved =
+            scores.dropout.active()
+                ? block.softmax.template add<true>(tile, at, factor, scores.dropout, p[i])
+                : block.softmax.template add<false>(tile, at, factor, scores.dropout, p[i]);
+        if (moved) block.softmax.apply_rescale(block.o_t.reserve(o_size), Dv, at);
+      }
+      for (int64_t i = 0; i < together; ++i)
+        Unit::multiply(Dv, tile_at(first + i).queries, keys, v.left_transposed(), p[i].right(),
+                       blocks[first + i].o_t.reserve(o_size), kQueries, true);
     }
   }
 
@@ -432,8 +446,9 @@ void attention_fwd(Heads q, Heads k, Heads v, Heads o, float* lse, AttentionShap
     const Tasks blocks(shape,
                        [&](const Sequence& s) { return shape.H * blocks_in(s.T, Unit::kQueries); });
     // Eight tasks a thread level out that causal ones differ in length.
-    const bool share = blocks.size() >= 8 * kSharing * omp_get_max_threads();
-    const int64_t n = share ? kSharing * Unit::kQueries : Unit::kQueries;
+    const int64_t threads = omp_get_max_threads(), few = threads == 1 ? 1 : 8 * threads;
+    const int64_t sharing = smaller(larger(blocks.size() / few, 1), Unit::kSharing);
+    const int64_t n = sharing * Unit::kQueries;
     const Tasks tasks(shape, [&](const Sequence& s) { return shape.H * blocks_in(s.T, n); });
     parallel_for_dynamic(tasks.size(), flops, [&](int64_t task) {
       int64_t index, b = tasks.find(task, &index);
@@ -481,8 +496,8 @@ void attention_bwd(Heads dout, Heads q, Heads k, Heads v, Heads o, const float* 
       const Tasks blocks(shape, [&](const Sequence& s) {
         return shape.H * blocks_in(s.T, Unit::kBackwardQueries);
       });
-      const bool share = blocks.size() >= 2 * kSharing * threads;
-      const int64_t n = share ? kSharing * Unit::kBackwardQueries : Unit::kBackwardQueries;
+      const bool share = blocks.size() >= 2 * kBackwardSharing * threads;
+      const int64_t n = share ? kBackwardSharing * Unit::kBackwardQueries : Unit::kBackwardQueries;
       const Tasks tasks(shape, [&](const Sequence& s) { return shape.H * blocks_in(s.T, n); });
       parallel_for_dynamic(tasks.size(), flops, [&](int64_t task) {
         int64_t index, b = tasks.find(task, &index);

@@ -273,9 +273,8 @@ void visit_tiles(const Decode& call, const Task& task) {
     for (int64_t r = 0; r < rows; ++r)
       diagonal[r] = static_cast<int32_t>((task.row + r) % shape.T + length - shape.T - key);
     const float factor = finish_rows(tile, at, scores, call, covered, diagonal, slopes);
-    if (softmax.template add<false>(tile, at, factor, scores.dropout))
+    if (softmax.template add<false>(tile, at, factor, scores.dropout, p))
       softmax.apply_rescale(o_t, Dv, at);
-    p.template pack_tile<kRight>(tile, kLanes, keys, rows);
     Unit::multiply(Dv, rows, keys, v.left_transposed(), p.right(), o_t, kLanes, true);
   }
 

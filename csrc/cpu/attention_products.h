@@ -5,7 +5,10 @@
 //   Operand::pack<forms>(x, stride, rows, D)        a block of at most 64 rows of q, k, v or do
 //   Operand::pack_tile<forms>(tile, stride, keys, queries)  a score tile, made by the kernel in fp32
 //   multiply(M, N, K, left, right, C, stride_c, accumulate)
-// M and N may be rounded up to `width`, so buffers for C have room for that.
+// M and N may be rounded up to `width`, so buffers for C have room for that. Weights of a softmax
+// become an operand on the right, keys by keys, while they are made:
+//   Operand::begin_weights(tile, stride, keys), then put_weights(key, lane, of it, of the next key)
+// for every second key.
 #pragma once
 #include "amx.h"
 #include "gemm_tile.h"
@@ -23,6 +26,7 @@ constexpr int kLeft = 1, kLeftTransposed = 2, kRight = 4, kRightTransposed = 8;
 struct VectorUnit {
   // Queries of a score tile: four vectors of AVX-512.
   static constexpr int64_t kQueries = 64, kBackwardQueries = 64;
+  static constexpr int64_t kTogether = 1, kSharing = 8;
   struct Session {};
 
   static int64_t width(int64_t n) { return ceil_to(n, W); }
@@ -57,12 +61,22 @@ struct VectorUnit {
       data_ = tile;
       width_ = stride;
     }
+    void begin_weights(float* tile, int64_t stride, int64_t) {
+      tile_ = tile;
+      data_ = tile;
+      width_ = stride;
+    }
+    GPTFAST_INLINE void put_weights(int64_t key, int64_t lane, f32v even, f32v odd) {
+      store(tile_ + key * width_ + lane, even);
+      store(tile_ + (key + 1) * width_ + lane, odd);
+    }
     Left left() const { return {data_, width_, 1}; }
     Left left_transposed() const { return {data_, 1, width_}; }
     Right right() const { return {data_, width_}; }
     Right right_transposed() const { return {transposed_, transposed_stride_}; }
 
    private:
+    float* tile_;
     const float *data_, *transposed_;
     int64_t width_, transposed_stride_;
     Scratch rows_, columns_;
@@ -80,6 +94,12 @@ struct TileUnit {
   // Backward, where they do not, 64 take an eighth less time than 32: dk and dv are loaded and
   // stored half as often.
   static constexpr int64_t kQueries = 32, kBackwardQueries = 64;
+  // Blocks of queries whose products follow each other, without the softmax of each in between:
+  // behind some 500 cycles of other arithmetic the tile unit loses as many to wake up. 4 to 16 were
+  // equally fast, and 1 a fifth slower.
+  static constexpr int64_t kTogether = 8;
+  // Blocks of queries of a task, which share the packing of keys and values.
+  static constexpr int64_t kSharing = 16;
   using Session = amx::Tiles;
 
   static int64_t width(int64_t n) { return ceil_to(n, amx::kDepth); }
@@ -127,6 +147,16 @@ struct TileUnit {
       left_ = {rows, stride};
       right_ = {pairs, stride};
     }
+    void begin_weights(float*, int64_t stride, int64_t keys) {
+      uint32_t* pairs = pairs_.reserve<uint32_t>(kKeys / 2 * stride);
+      const int64_t made = (keys + 1) / 2, read = width(keys) / 2;
+      std::memset(pairs + made * stride, 0, (read - made) * stride * sizeof *pairs);
+      right_ = {pairs, stride};
+      weights_ = pairs;
+    }
+    GPTFAST_INLINE void put_weights(int64_t key, int64_t lane, f32v even, f32v odd) {
+      amx::store_pairs(weights_ + key / 2 * right_.stride + lane, even, odd);
+    }
     Left left() const { return left_; }
     Left left_transposed() const { return left_transposed_; }
     Right right() const { return right_; }
@@ -135,6 +165,7 @@ struct TileUnit {
    private:
     Left left_, left_transposed_;
     Right right_, right_transposed_;
+    uint32_t* weights_;
     Scratch rows_, columns_, pairs_;
   };
 

@@ -180,6 +180,17 @@ inline void for_each_key(const Dropout& dropout, const TileShape& at, int64_t m,
   }
 }
 
+// The same for every second key: body(n, z, z') with the factors of keys n and n + 1.
+template <bool DROPOUT, class Body>
+inline void for_each_two_keys(const Dropout& dropout, const TileShape& at, int64_t m,
+                              const Body& body) {
+  for (int64_t n = 0; n < at.keys; n += 8) {
+    f32v z[8] = {};
+    if constexpr (DROPOUT) dropout.factors(at.query + m, at.key + n, z);
+    for (int64_t i = 0; i < 8 && n + i < at.keys; i += 2) body(n + i, z[i], z[i + 1]);
+  }
+}
+
 // The softmax of each query over the keys seen so far.
 struct Softmax {
   alignas(64) float top[kMostQueries], sum[kMostQueries], rescale[kMostQueries];
@@ -188,12 +199,14 @@ struct Softmax {
     for (int64_t m = 0; m < kMostQueries; ++m) top[m] = -FLT_MAX, sum[m] = 0;
   }
 
-  // tile times `factor`: scores, which become p z. Returns whether what was summed up before must
-  // be multiplied by `rescale`. The maximum moves only when it is exceeded by 2^kSlack, for
-  // what matters is that p stays far from the ends of fp32, and that is seldom after the first
+  // tile times `factor`: scores, of which p z goes to `weights`. Returns whether what was summed up
+  // before must be multiplied by `rescale`. The maximum moves only when it is exceeded by 2^kSlack,
+  // for what matters is that p stays far from the ends of fp32, and that is seldom after the first
   // tile.
-  template <bool DROPOUT>
-  bool add(float* tile, const TileShape& at, float factor, const Dropout& dropout) {
+  template <bool DROPOUT, class Operand>
+  bool add(float* tile, const TileShape& at, float factor, const Dropout& dropout,
+           Operand& weights) {
+    weights.begin_weights(tile, at.stride, at.keys);
     constexpr float kSlack = 8;
     bool moved = false;
     for (int64_t m = 0; m < at.lanes(); m += W) {
@@ -205,11 +218,14 @@ struct Softmax {
       store(rescale + m, correction);
 
       f32v total = load(sum + m) * correction;
-      for_each_key<DROPOUT>(dropout, at, m, [&](int64_t n, f32v z) {
-        float* score = tile + n * at.stride + m;
-        const f32v p = exp2(load(score) * factor - new_top);
+      auto weigh = [&](int64_t n, f32v z) {
+        const f32v p = exp2(load(tile + n * at.stride + m) * factor - new_top);
         total += p;
-        store(score, DROPOUT ? p * z : p);
+        return DROPOUT ? p * z : p;
+      };
+      for_each_two_keys<DROPOUT>(dropout, at, m, [&](int64_t n, f32v z_even, f32v z_odd) {
+        const f32v even = weigh(n, z_even);
+        weights.put_weights(n, m, even, n + 1 < at.keys ? weigh(n + 1, z_odd) : f32v{});
       });
       store(sum + m, total);
     }
