@@ -80,7 +80,7 @@ void backward(const T* dy, const T* x, T* dx, int64_t n) {
   with_stores(dx, 1, n, [&](auto out) {
     for_each_piece(1, n, [&](int64_t, int64_t begin, int64_t size) {
       for_each_vector(size, [&](int64_t i, auto part) {
-        const f32v slope = Form::slope(part.load(x + begin + i));
+        const f32v slope = slope_of<Form>(part.load(x + begin + i));
         out.store(part, dx + begin + i, part.load(dy + begin + i) * slope);
       });
     });
@@ -99,7 +99,7 @@ void backward_with_bias(const T* dy, const T* x, const float* bias, T* dx, float
         if (db) std::memset(sums, 0, N * sizeof(float));
         for (int64_t row = b * M / blocks; row < (b + 1) * M / blocks; ++row)
           for_each_vector(N, [&](int64_t j, auto part) {
-            const f32v slope = Form::slope(part.load(x + row * N + j) + part.load(bias + j));
+            const f32v slope = slope_of<Form>(part.load(x + row * N + j) + part.load(bias + j));
             const f32v dz = part.load(dy + row * N + j) * slope;
             if (dx) out.store(part, dx + row * N + j, dz);
             if (db) part.store(sums + j, part.load(sums + j) + dz);
@@ -120,11 +120,13 @@ void backward_with_bias(const T* dy, const T* x, const float* bias, T* dx, float
 template <class Form, class T>
 void glu_forward(const T* gate, const T* up, T* y, int64_t stride_gate, int64_t stride_up,
                  int64_t M, int64_t N) {
-  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
-    const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
-    T* out = y + row * N + col;
-    for_each_vector(n, [&](int64_t i, auto part) {
-      part.store(out + i, Form::value(part.load(g + i)) * part.load(u + i));
+  with_stores(y, M, N, [&](auto out) {
+    for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+      const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
+      T* to = y + row * N + col;
+      for_each_vector(n, [&](int64_t i, auto part) {
+        out.store(part, to + i, Form::value(part.load(g + i)) * part.load(u + i));
+      });
     });
   });
 }
@@ -132,13 +134,22 @@ void glu_forward(const T* gate, const T* up, T* y, int64_t stride_gate, int64_t 
 template <class Form, class T>
 void glu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t stride_gate,
                   int64_t stride_up, int64_t stride_grad, int64_t M, int64_t N) {
-  for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
-    const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
-    const int64_t at = row * stride_grad + col;
-    for_each_vector(n, [&](int64_t i, auto part) {
-      const f32v d = part.load(dy + row * N + col + i), x = part.load(g + i);
-      if (dgate) part.store(dgate + at + i, d * part.load(u + i) * Form::slope(x));
-      if (dup) part.store(dup + at + i, d * Form::value(x));
+  constexpr int64_t kAlignment = W * sizeof(T);
+  const auto is_aligned = [&](const T* x) {
+    return reinterpret_cast<uintptr_t>(x) % kAlignment == 0;
+  };
+  const bool aligned = is_aligned(dgate) && is_aligned(dup) && stride_grad % W == 0 && N % W == 0;
+  with_stores_if(aligned, dgate ? dgate : dup, M * N * sizeof(T), [&](auto out) {
+    for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
+      const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
+      const int64_t at = row * stride_grad + col;
+      for_each_vector(n, [&](int64_t i, auto part) {
+        const f32v d = part.load(dy + row * N + col + i);
+        f32v slope;
+        const f32v value = Form::value(part.load(g + i), &slope);
+        if (dgate) out.store(part, dgate + at + i, d * part.load(u + i) * slope);
+        if (dup) out.store(part, dup + at + i, d * value);
+      });
     });
   });
 }

@@ -10,13 +10,7 @@ constexpr float kCubic = 0.044715f;
 constexpr float kSqrtHalf = 0.7071067811865476f;
 constexpr float kInvSqrt2Pi = 0.3989422804014327f;
 
-GPTFAST_INLINE f32v sigmoid(f32v z) { return 1.0f / (1.0f + exp(-z)); }
-
-// Phi for the erf form: erfc of a non-negative argument, reflected for x > 0.
-GPTFAST_INLINE f32v normal_cdf(f32v x) {
-  const f32v tail = 0.5f * erfc_nonnegative(abs(x) * kSqrtHalf);
-  return select(x > 0.0f, 1.0f - tail, tail);
-}
+// A form has the activation, `value`, and its derivative, alone and with the value.
 
 struct TanhForm {
   static constexpr float kTwoU = 2 * kSqrt2OverPi;
@@ -28,34 +22,54 @@ struct TanhForm {
     const f32v phi = reciprocal(1.0f + exponential(max(set1(-10.0f), x)));
     return x * select(x < -10.0f, f32v{}, phi);  // from 2^-126 on it is nothing
   }
-  GPTFAST_INLINE static f32v slope(f32v x) {
+  GPTFAST_INLINE static f32v value(f32v x, f32v* slope) {
     // Beyond |x| = 10 the slope is 0 or 1 to the last bit; clamping keeps x^2 from overflowing.
     const f32v c = min(set1(10.0f), max(set1(-10.0f), x));
     // s and 1 - s from one exponential: 1 - s by subtraction would lose digits that u' brings back.
     const f32v e = exponential(c), s = reciprocal(1.0f + e);
     const f32v two_du = c * c * (3 * kTwoU * kCubic) + kTwoU;
-    return s + (c * s) * (e * s) * two_du;
+    *slope = s + (c * s) * (e * s) * two_du;
+    return x * select(x < -10.0f, f32v{}, s);
   }
 };
 
 struct ErfForm {
-  GPTFAST_INLINE static f32v value(f32v x) { return x * normal_cdf(x); }
-  GPTFAST_INLINE static f32v slope(f32v x) {
-    const f32v c = min(set1(15.0f), max(set1(-15.0f), x));
-    return normal_cdf(c) + c * (kInvSqrt2Pi * exp(-0.5f * c * c));
+  GPTFAST_INLINE static f32v value(f32v x, f32v* slope) {
+    // Beyond |x| = 13.1, phi and a tail of Phi are nothing; clamping keeps the exponent above -87.
+    const f32v c = min(set1(13.1f), max(set1(-13.1f), x));
+    const f32v e = exp_to_87(-0.5f * c * c);
+    const f32v tail = 0.5f * erfc_nonnegative(abs(c) * kSqrtHalf, e);
+    const f32v cdf = select(c > 0.0f, 1.0f - tail, tail);
+    *slope = cdf + c * (kInvSqrt2Pi * e);
+    return x * select(x < -13.1f, f32v{}, cdf);
+  }
+  GPTFAST_INLINE static f32v value(f32v x) {
+    f32v slope;
+    return value(x, &slope);
   }
 };
 
 struct SiluForm {
-  GPTFAST_INLINE static f32v value(f32v x) { return x * sigmoid(x); }
-  GPTFAST_INLINE static f32v slope(f32v x) {
-    // Beyond |x| = 200 the slope is 0 or 1; clamping keeps infinity out of the product.
-    const f32v c = min(set1(200.0f), max(set1(-200.0f), x));
-    const f32v q = exp(-abs(c));  // at most 1: neither s nor 1 - s overflows or loses digits
-    const f32v large = 1.0f / (1.0f + q), small = q * large;
-    return select(c > 0.0f, large + c * large * small, small + c * small * large);
+  GPTFAST_INLINE static f32v value(f32v x) {
+    const f32v c = min(set1(87.0f), max(set1(-87.0f), x));
+    return x * select(x < -87.0f, f32v{}, reciprocal(1.0f + exp_to_87(-c)));
+  }
+  GPTFAST_INLINE static f32v value(f32v x, f32v* slope) {
+    const f32v c = min(set1(87.0f), max(set1(-87.0f), x));
+    const f32v q = exp_to_87(-abs(c));  // at most 1: neither s nor 1 - s loses digits
+    const f32v large = reciprocal(1.0f + q), small = q * large;
+    const f32v s = select(c > 0.0f, large, small);
+    *slope = s + c * large * small;
+    return x * select(x < -87.0f, f32v{}, s);
   }
 };
+
+template <class Form>
+GPTFAST_INLINE f32v slope_of(f32v x) {
+  f32v slope;
+  Form::value(x, &slope);
+  return slope;
+}
 
 template <class Body>
 inline void with_gelu_form(bool tanh_form, const Body& body) {

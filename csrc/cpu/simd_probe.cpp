@@ -19,8 +19,10 @@ void simd_exp2(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, exp2(part.load(x + i))); });
 }
 void simd_erfc(const float* x, float* y, int64_t n) {
-  for_each_vector(
-      n, [&](int64_t i, auto part) { part.store(y + i, erfc_nonnegative(part.load(x + i))); });
+  for_each_vector(n, [&](int64_t i, auto part) {
+    const f32v z = part.load(x + i);
+    part.store(y + i, erfc_nonnegative(z, exp(-z * z)));
+  });
 }
 void simd_tanh(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, tanh(part.load(x + i))); });
