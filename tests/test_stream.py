@@ -32,6 +32,32 @@ def test_bias_gelu(isa, dtype, columns):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [2048, 2056, 2051])
+@pytest.mark.parametrize("packed", [True, False])
+def test_swiglu(isa, dtype, columns, packed):
+    rows = LARGE // dtype.itemsize // columns + 3
+    if packed:  # gradients whose rows are halves of those of one tensor
+        leaves = (torch.randn(rows, 2 * columns).to(dtype).requires_grad_(),)
+        gate, up = leaves[0].chunk(2, -1)
+    else:
+        gate, up = leaves = tuple(
+            torch.randn(rows, columns).to(dtype).requires_grad_() for _ in range(2)
+        )
+    dy = torch.randn(rows, columns).to(dtype)
+    expected = (F.silu(gate.float()) * up.float()).to(dtype)
+    grads = torch.autograd.grad(expected, leaves, dy)
+    for _ in range(2):
+        got = gptfast.swiglu(gate, up)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, leaves, dy), grads)
+        del got
+    for wanted in () if packed else leaves:
+        got = gptfast.swiglu(*(x if x is wanted else x.detach() for x in leaves))
+        (grad,) = torch.autograd.grad(got, wanted, dy)
+        torch.testing.assert_close(grad, grads[0 if wanted is gate else 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [8192, 8201])
 def test_cross_entropy(isa, dtype, columns):
     logits = large(dtype, columns)

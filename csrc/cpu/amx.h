@@ -139,21 +139,20 @@ GPTFAST_INLINE void store_pairs(uint32_t* out, f32v even, f32v odd) {
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(kZip), both));
 }
 
-// Two rows of 32 fp32 numbers, rounded: as rows of the first form, and as 32 pairs of the second.
-template <bool ROWS, bool PAIRS>
+// Two rows of 32 fp32 numbers, rounded: as rows of the first form, and, if wanted, as 32 pairs of the
+// second.
+template <bool PAIRS>
 inline void round_two_rows(const f32v (&x)[2][2], bf16* rows, int64_t width, uint32_t* pairs) {
-  if constexpr (ROWS)
-    for (int i = 0; i < 2; ++i)
-      _mm512_storeu_si512(rows + i * width,
-                          bit_cast<__m512i>(_mm512_cvtne2ps_pbh(x[i][1], x[i][0])));
+  for (int i = 0; i < 2; ++i)
+    _mm512_storeu_si512(rows + i * width, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(x[i][1], x[i][0])));
   if constexpr (PAIRS)
     for (int j = 0; j < 2; ++j) store_pairs(pairs + 16 * j, x[0][j], x[1][j]);
 }
 
 // fp32 rows of `stride`, rounded: rows x columns numbers, padded with zeros to multiples of 32 rows
-// and columns. As the first form, with rows of `width`, and as the second, with rows of `width`
-// pairs.
-template <bool ROWS, bool PAIRS>
+// and columns. As the first form, with rows of `width`, and, if wanted, as the second, with rows of
+// `width` pairs.
+template <bool PAIRS>
 inline void round_tile(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t width,
                        bf16* out, uint32_t* pairs) {
   const int64_t padded = (rows + kDepth - 1) / kDepth * kDepth;
@@ -169,7 +168,7 @@ inline void round_tile(const float* x, int64_t stride, int64_t rows, int64_t col
           const int64_t n = row < rows && column < columns ? columns - column : 0;
           part[i / 2][i % 2] = load_n(x + row * stride + column, n < 16 ? n : 16);
         }
-      round_two_rows<ROWS, PAIRS>(part, out + r * width + c, width, pairs + r / 2 * width + c);
+      round_two_rows<PAIRS>(part, out + r * width + c, width, pairs + r / 2 * width + c);
     }
 }
 

@@ -445,9 +445,10 @@ void attention_fwd(Heads q, Heads k, Heads v, Heads o, float* lse, AttentionShap
     }
     const Tasks blocks(shape,
                        [&](const Sequence& s) { return shape.H * blocks_in(s.T, Unit::kQueries); });
-    // Eight tasks a thread level out that causal ones differ in length.
-    const int64_t threads = omp_get_max_threads(), few = threads == 1 ? 1 : 8 * threads;
-    const int64_t sharing = smaller(larger(blocks.size() / few, 1), Unit::kSharing);
+    // Eight tasks a thread level out that causal ones differ in length; one thread needs no more
+    // than there must be.
+    const int64_t threads = omp_get_max_threads(), wanted = threads == 1 ? 1 : 8 * threads;
+    const int64_t sharing = smaller(larger(blocks.size() / wanted, 1), Unit::kSharing);
     const int64_t n = sharing * Unit::kQueries;
     const Tasks tasks(shape, [&](const Sequence& s) { return shape.H * blocks_in(s.T, n); });
     parallel_for_dynamic(tasks.size(), flops, [&](int64_t task) {

@@ -8,7 +8,8 @@
 // M and N may be rounded up to `width`, so buffers for C have room for that. Weights of a softmax
 // become an operand on the right, keys by keys, while they are made:
 //   Operand::begin_weights(tile, stride, keys), then put_weights(key, lane, of it, of the next key)
-// for every second key.
+// for every second key; behind an odd number of keys, one more row is written. VectorUnit keeps them
+// in the tile.
 #pragma once
 #include "amx.h"
 #include "gemm_tile.h"
@@ -26,7 +27,7 @@ constexpr int kLeft = 1, kLeftTransposed = 2, kRight = 4, kRightTransposed = 8;
 struct VectorUnit {
   // Queries of a score tile: four vectors of AVX-512.
   static constexpr int64_t kQueries = 64, kBackwardQueries = 64;
-  static constexpr int64_t kTogether = 1, kSharing = 8;
+  static constexpr int64_t kTogether = 1, kSharing = 8;  // as of TileUnit
   struct Session {};
 
   static int64_t width(int64_t n) { return ceil_to(n, W); }
@@ -90,7 +91,7 @@ struct VectorUnit {
 
 #ifdef __AMX_BF16__
 struct TileUnit {
-  // Forward, the operands of both products and what they make fit the first-level cache together.
+  // Forward, the operands of both products of a block and what they make fit the first-level cache.
   // Backward, where they do not, 64 take an eighth less time than 32: dk and dv are loaded and
   // stored half as often.
   static constexpr int64_t kQueries = 32, kBackwardQueries = 64;
@@ -140,10 +141,11 @@ struct TileUnit {
     }
     template <int FORMS>
     void pack_tile(const float* tile, int64_t stride, int64_t keys, int64_t queries) {
-      constexpr bool kRows = FORMS & kLeft, kPairs = FORMS & kRight;
-      bf16* rows = rows_.reserve<bf16>(kRows ? kKeys * stride : 0);
+      static_assert(FORMS & kLeft);
+      constexpr bool kPairs = FORMS & kRight;
+      bf16* rows = rows_.reserve<bf16>(kKeys * stride);
       uint32_t* pairs = pairs_.reserve<uint32_t>(kPairs ? kKeys / 2 * stride : 0);
-      amx::round_tile<kRows, kPairs>(tile, stride, keys, queries, stride, rows, pairs);
+      amx::round_tile<kPairs>(tile, stride, keys, queries, stride, rows, pairs);
       left_ = {rows, stride};
       right_ = {pairs, stride};
     }

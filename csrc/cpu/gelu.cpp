@@ -138,8 +138,11 @@ void glu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int
   const auto is_aligned = [&](const T* x) {
     return reinterpret_cast<uintptr_t>(x) % kAlignment == 0;
   };
-  const bool aligned = is_aligned(dgate) && is_aligned(dup) && stride_grad % W == 0 && N % W == 0;
-  with_stores_if(aligned, dgate ? dgate : dup, M * N * sizeof(T), [&](auto out) {
+  const bool aligned =
+      is_aligned(dgate) && is_aligned(dup) && (M == 1 || (stride_grad % W == 0 && N % W == 0));
+  const int64_t bytes =
+      ((M - 1) * stride_grad + N) * sizeof(T);  // half of which may be the other's
+  with_stores_if(aligned, dgate ? dgate : dup, bytes, [&](auto out) {
     for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
       const T *g = gate + row * stride_gate + col, *u = up + row * stride_up + col;
       const int64_t at = row * stride_grad + col;

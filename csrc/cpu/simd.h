@@ -350,7 +350,8 @@ GPTFAST_INLINE f32v exp_to_87(f32v x) {
   return exp_of_rest(x, t - shift) * bit_cast<f32v>(bit_cast<u32v>(t) << 23);
 }
 
-// exp(x), to 2 ulp. Results below the smallest normal number are flushed to zero; NaN and infinities as in libm.
+// exp(x), to 2 ulp. Results below the smallest normal number are flushed to zero; NaN and
+// infinities as in libm.
 GPTFAST_INLINE f32v exp(f32v x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.72283f;
   const f32v shift = set1(0x1.8p23f);  // adding it rounds to an integer, left in the low bits

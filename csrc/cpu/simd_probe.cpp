@@ -3,6 +3,7 @@
 #include "simd.h"
 
 DECLARE_KERNEL(simd_exp, void(const float* x, float* y, int64_t n))
+DECLARE_KERNEL(simd_exp_to_87, void(const float* x, float* y, int64_t n))
 DECLARE_KERNEL(simd_exp2, void(const float* x, float* y, int64_t n))
 DECLARE_KERNEL(simd_erfc, void(const float* x, float* y, int64_t n))
 DECLARE_KERNEL(simd_tanh, void(const float* x, float* y, int64_t n))
@@ -15,13 +16,16 @@ namespace {
 void simd_exp(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, exp(part.load(x + i))); });
 }
+void simd_exp_to_87(const float* x, float* y, int64_t n) {
+  for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, exp_to_87(part.load(x + i))); });
+}
 void simd_exp2(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) { part.store(y + i, exp2(part.load(x + i))); });
 }
 void simd_erfc(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto part) {
     const f32v z = part.load(x + i);
-    part.store(y + i, erfc_nonnegative(z, exp(-z * z)));
+    part.store(y + i, erfc_nonnegative(z, exp_to_87(-z * z)));
   });
 }
 void simd_tanh(const float* x, float* y, int64_t n) {
@@ -48,6 +52,7 @@ void simd_convert(const void* x, DType from, void* y, DType to, int64_t n) {
 }  // namespace gptfast::GPTFAST_ISA
 
 REGISTER_KERNEL(simd_exp)
+REGISTER_KERNEL(simd_exp_to_87)
 REGISTER_KERNEL(simd_exp2)
 REGISTER_KERNEL(simd_erfc)
 REGISTER_KERNEL(simd_tanh)
@@ -58,6 +63,7 @@ REGISTER_KERNEL(simd_convert)
 #include "../common/bind.h"
 void register_simd_probe(pybind11::module_& m) {
   gptfast::bind_kernel(m, "simd_exp", gptfast::kernel_simd_exp);
+  gptfast::bind_kernel(m, "simd_exp_to_87", gptfast::kernel_simd_exp_to_87);
   gptfast::bind_kernel(m, "simd_exp2", gptfast::kernel_simd_exp2);
   gptfast::bind_kernel(m, "simd_erfc", gptfast::kernel_simd_erfc);
   gptfast::bind_kernel(m, "simd_tanh", gptfast::kernel_simd_tanh);

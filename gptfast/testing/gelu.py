@@ -63,7 +63,7 @@ def activation_sizes(x: torch.Tensor, form: str) -> Sizes:
     )
 
 
-LENGTH = 16  # of the sums in a: a polynomial of degree nine, an exp and a division
+LENGTH = 16  # of the sums in a: a polynomial of degree nine, an exp and a reciprocal
 
 
 def _magnitudes(i: Inputs, options: Options, dy: torch.Tensor) -> dict[str, Magnitude]:
