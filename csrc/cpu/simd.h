@@ -398,11 +398,11 @@ GPTFAST_INLINE f32v erfc_nonnegative(f32v z, f32v e) {
 }
 
 // tanh(y): (1 - e) / (1 + e) with e = exp(-2 |y|); below 1/2, where 1 - e cancels, y + y^3 q(y^2).
-// From |y| = 43.5 on, e is that of 43.5, which is nothing.
 // Also its slope, 1 / cosh(y)^2, which 1 - tanh(y)^2 would lose to cancellation.
 GPTFAST_INLINE f32v tanh(f32v y, f32v* slope) {
-  const f32v e = exp_to_87(max(set1(-87.0f), -2.0f * abs(y))), r = reciprocal(1.0f + e),
-             square = y * y;
+  const f32v power = exp_to_87(max(set1(-87.0f), -2.0f * abs(y)));
+  const f32v e = select(abs(y) > 43.5f, f32v{}, power);
+  const f32v r = reciprocal(1.0f + e), square = y * y;
   *slope = 4.0f * e * r * r;
   f32v q = square * 1.724154688e-2f - 5.304551870e-2f;
   q = q * square + 1.332587898e-1f;
