@@ -62,10 +62,9 @@ struct VectorUnit {
       data_ = tile;
       width_ = stride;
     }
-    void begin_weights(float* tile, int64_t stride, int64_t) {
+    void begin_weights(float* tile, int64_t stride, int64_t keys) {
       tile_ = tile;
-      data_ = tile;
-      width_ = stride;
+      pack_tile<kRight>(tile, stride, keys, stride);
     }
     GPTFAST_INLINE void put_weights(int64_t key, int64_t lane, f32v even, f32v odd) {
       store(tile_ + key * width_ + lane, even);

@@ -166,21 +166,8 @@ class Scores {
   float scale_, softcap_, slope_;
 };
 
-// Calls body(n, z) for each key of a tile, with the dropout factors of W queries from lane m on.
-template <bool DROPOUT, class Body>
-inline void for_each_key(const Dropout& dropout, const TileShape& at, int64_t m, const Body& body) {
-  if constexpr (!DROPOUT) {
-    for (int64_t n = 0; n < at.keys; ++n) body(n, f32v{});
-  } else {
-    for (int64_t n = 0; n < at.keys; n += 8) {
-      f32v z[8];
-      dropout.factors(at.query + m, at.key + n, z);
-      for (int64_t i = 0; i < 8 && n + i < at.keys; ++i) body(n + i, z[i]);
-    }
-  }
-}
-
-// The same for every second key: body(n, z, z') with the factors of keys n and n + 1.
+// Calls body(n, z, z') for every second key n of a tile, with the dropout factors of W queries from
+// lane m on for keys n and n + 1.
 template <bool DROPOUT, class Body>
 inline void for_each_two_keys(const Dropout& dropout, const TileShape& at, int64_t m,
                               const Body& body) {
@@ -259,7 +246,7 @@ void score_gradients(float* scores, float* dp, const TileShape& at, float factor
                      const float* delta, const float* damping, const Dropout& dropout) {
   for (int64_t m = 0; m < at.lanes(); m += W) {
     const f32v row_lse = load(lse + m), row_delta = load(delta + m);
-    for_each_key<DROPOUT>(dropout, at, m, [&](int64_t n, f32v z) {
+    const auto one_key = [&](int64_t n, f32v z) {
       const int64_t element = n * at.stride + m;
       const f32v p = exp2(load(scores + element) * factor - row_lse);
       f32v ds = load(dp + element);
@@ -267,6 +254,10 @@ void score_gradients(float* scores, float* dp, const TileShape& at, float factor
       if constexpr (DAMPED) ds *= load(damping + element);
       store(scores + element, DROPOUT ? p * z : p);
       store(dp + element, ds);
+    };
+    for_each_two_keys<DROPOUT>(dropout, at, m, [&](int64_t n, f32v z_even, f32v z_odd) {
+      one_key(n, z_even);
+      if (n + 1 < at.keys) one_key(n + 1, z_odd);
     });
   }
 }

@@ -134,12 +134,8 @@ void glu_forward(const T* gate, const T* up, T* y, int64_t stride_gate, int64_t 
 template <class Form, class T>
 void glu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t stride_gate,
                   int64_t stride_up, int64_t stride_grad, int64_t M, int64_t N) {
-  constexpr int64_t kAlignment = W * sizeof(T);
-  const auto is_aligned = [&](const T* x) {
-    return reinterpret_cast<uintptr_t>(x) % kAlignment == 0;
-  };
   const bool aligned =
-      is_aligned(dgate) && is_aligned(dup) && (M == 1 || (stride_grad % W == 0 && N % W == 0));
+      has_aligned_stores(dgate, M, N, stride_grad) && has_aligned_stores(dup, M, N, stride_grad);
   const int64_t bytes =
       ((M - 1) * stride_grad + N) * sizeof(T);  // half of which may be the other's
   with_stores_if(aligned, dgate ? dgate : dup, bytes, [&](auto out) {

@@ -78,15 +78,18 @@ inline void with_stores_if(bool aligned, const void* result, int64_t bytes, cons
     body(StreamingStores{});
 }
 
-// The same for M rows and N columns, of which every row is written from its first column, or from a
-// multiple of 64 columns.
+// Whether every `Whole` store is aligned into M rows of N columns, `stride` from each other, of which
+// every row is written from its first column, or from a multiple of 64 of all M N elements.
+template <class T>
+inline bool has_aligned_stores(const T* result, int64_t M, int64_t N, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(result) % (W * sizeof(T)) == 0 &&
+         (M == 1 || (N % W == 0 && stride % W == 0));
+}
+
+// with_stores_if for M such rows that follow each other.
 template <class T, class Body>
 inline void with_stores(const T* result, int64_t M, int64_t N, const Body& body) {
-  constexpr int64_t kAlignment = W * sizeof(T);
-  const int64_t row_bytes = N * static_cast<int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<uintptr_t>(result) % kAlignment == 0 &&
-                       (M == 1 || row_bytes % kAlignment == 0);
-  with_stores_if(aligned, result, M * row_bytes, body);
+  with_stores_if(has_aligned_stores(result, M, N, N), result, M * N * sizeof(T), body);
 }
 
 // How many elements lie before the first of a whole vector's alignment.

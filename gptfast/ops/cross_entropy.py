@@ -13,6 +13,8 @@ dz_c = g (a exp(z_c - lse) - (1 - s) w_t [c = t] - (s / V) w_c),   dx_c = dz_c /
 Sums and means over rows are left to PyTorch: they cost M reads next to M V.
 
 Where g is known before the loss, one read of x is enough for both: `cross_entropy_with_gradient`.
+
+Longer than 500 lines: forward, backward and both in one, each also in place, share their checks.
 """
 
 from __future__ import annotations
