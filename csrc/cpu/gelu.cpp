@@ -67,6 +67,7 @@ void forward(const T* x, const float* bias, T* y, int64_t M, int64_t N) {
     for_each_piece(M, N, [&](int64_t row, int64_t col, int64_t n) {
       const int64_t at = row * N + col;
       for_each_vector(n, [&](int64_t i, auto part) {
+        read_ahead(x + at + i);
         f32v z = part.load(x + at + i);
         if (bias) z += part.load(bias + col + i);
         out.store(part, y + at + i, Form::value(z));
@@ -80,6 +81,8 @@ void backward(const T* dy, const T* x, T* dx, int64_t n) {
   with_stores(dx, 1, n, [&](auto out) {
     for_each_piece(1, n, [&](int64_t, int64_t begin, int64_t size) {
       for_each_vector(size, [&](int64_t i, auto part) {
+        read_ahead(x + begin + i);
+        read_ahead(dy + begin + i);
         const f32v slope = slope_of<Form>(part.load(x + begin + i));
         out.store(part, dx + begin + i, part.load(dy + begin + i) * slope);
       });
@@ -99,6 +102,8 @@ void backward_with_bias(const T* dy, const T* x, const float* bias, T* dx, float
         if (db) std::memset(sums, 0, N * sizeof(float));
         for (int64_t row = b * M / blocks; row < (b + 1) * M / blocks; ++row)
           for_each_vector(N, [&](int64_t j, auto part) {
+            read_ahead(x + row * N + j);
+            read_ahead(dy + row * N + j);
             const f32v slope = slope_of<Form>(part.load(x + row * N + j) + part.load(bias + j));
             const f32v dz = part.load(dy + row * N + j) * slope;
             if (dx) out.store(part, dx + row * N + j, dz);
