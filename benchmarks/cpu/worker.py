@@ -51,12 +51,17 @@ def ceilings(limit: Limit, dtype: torch.dtype) -> tuple[dict[str, Call], float]:
     return {f"{CEILING}fma": lambda: probes.ceiling_fma(FMA_STEPS)}, flops
 
 
-def turns(work: Work, quick: bool) -> dict[str, Any]:
-    """How many turns each contender gets, their seconds, and the calls before them."""
+def turns(work: Work, dtype: torch.dtype, quick: bool) -> dict[str, Any]:
+    """How many turns each contender gets, their seconds, and the calls before them.
+
+    More where the tile unit may work: on a machine shared with others it falls to a quarter of its
+    rate and back, for 0.2 to 5 seconds at a time.
+    """
     if quick:
         return {"rounds": 3, "seconds_per_turn": 0.02, "warmup": 2}
     if work.seconds >= 1:
-        return {"rounds": 3, "seconds_per_turn": 0.0, "warmup": 1}
+        rounds = 8 if dtype == torch.bfloat16 else 4
+        return {"rounds": rounds, "seconds_per_turn": 0.0, "warmup": 1}
     return {"rounds": 11 if work.seconds < 0.05 else 5, "seconds_per_turn": 0.05, "warmup": 2}
 
 
@@ -82,7 +87,7 @@ def time_work(
     for passes, contenders in calls.items():
         limit = limits[passes]
         probes, amount = ceilings(limit, dtype)
-        timings = interleave({**contenders, **probes}, **turns(work, quick))
+        timings = interleave({**contenders, **probes}, **turns(work, dtype, quick))
         best = min(timings[name].median for name in probes)
         ceiling = (limit.bytes or limit.flops) / amount * best
         del probes
