@@ -10,7 +10,7 @@
 // where none are given. A row whose target is `ignore_index` has loss 0 and gradient 0. Forward
 // reads the logits once from memory: a running maximum and sum are updated chunk by chunk, each
 // chunk small enough to stay in the first-level cache. While the exponentials of one are summed, the
-// next is on its way: 1.4 to 1.6 times as fast. Backward reads and writes once; dx may be x.
+// next is on its way. Backward reads and writes once; dx may be x.
 #include <algorithm>
 #include <cfloat>
 
@@ -33,7 +33,7 @@ DECLARE_KERNEL(cross_entropy_bwd,
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // logits: 16 KiB of fp32, a third of a first-level cache
+constexpr int64_t kChunk = 4096;  // logits: 16 KiB of fp32; two chunks fit a cache of 48 KiB
 constexpr int64_t kGrainElements = 8192;
 
 inline int64_t rows_per_thread(int64_t V) { return kGrainElements / (V + 1) + 1; }

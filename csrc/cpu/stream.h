@@ -1,4 +1,5 @@
-// Sweeps over what no cache holds: reads that are asked for ahead, and stores that pass by the caches.
+// Sweeps over memory: reads that are asked for ahead, and stores that pass by the caches, for results
+// that the caches could not hold anyway.
 #pragma once
 #include "parallel.h"  // whose threads end with a fence
 #include "simd.h"
@@ -10,7 +11,8 @@
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-// Asks for the line 4 KB behind p. The processor's own prefetcher stops at the end of every page.
+// Asks for the line 4 KB behind p, where an Intel processor's own prefetcher, which stops at the end of
+// a page, would not.
 template <class T>
 GPTFAST_INLINE void read_ahead(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
