@@ -11,11 +11,11 @@
 namespace gptfast::GPTFAST_ISA {
 namespace {
 
-// Asks for the line 4 KB behind p, where an Intel processor's own prefetcher, which stops at the end of
-// a page, would not.
-template <class T>
+// Asks for the line so many bytes behind p, where an Intel processor's own prefetcher, which stops at the
+// end of a page, would not.
+template <int BYTES = 4096, class T>
 GPTFAST_INLINE void read_ahead(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + BYTES);
 }
 
 // From how many bytes on a result is streamed. Measured on two cores with 2 MB of second-level cache
